@@ -1,7 +1,7 @@
 """Classify the 102 flower species of Oxford Flowers-102 with EfficientNet-B3, by two-stage transfer learning.
 
     python efficientnet_b3.py                        train (or continue), evaluate, report
-    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, about a minute
+    python efficientnet_b3.py --demo                 the whole run on drawn flowers, without a download
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
     python efficientnet_b3.py --epochs-stage2 10     any constant below, by its name in lower case with dashes
 
@@ -11,7 +11,6 @@ A run leaves checkpoints, curves, confusion matrix, mistakes, report and metrics
 
 import argparse
 import copy
-import csv
 import hashlib
 import io
 import json
@@ -22,19 +21,20 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from colorsys import hls_to_rgb
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import balanced_accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import nn
@@ -42,8 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Flowers102, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
-from torchvision.models import EfficientNet_B3_Weights, efficientnet_b3
-from torchvision.models.efficientnet import MBConv
+from torchvision.models.efficientnet import EfficientNet_B3_Weights, MBConv, efficientnet_b3
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -97,7 +96,7 @@ class RunError(Exception):
 
 @dataclass
 class Run:
-    """A run's configuration, device, precision of inference and autocast, kept activations, seconds per phase."""
+    """Configuration, device, precision of inference and autocast, cached activations, seconds per phase."""
 
     cfg: argparse.Namespace
     device: torch.device
@@ -119,7 +118,8 @@ class Run:
 
 def listing(items, limit=3):
     """The first few of `items` in words, and how many more there are."""
-    return ", ".join(map(str, items[:limit])) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
 
 
 def first_line(error):
@@ -147,64 +147,57 @@ Data = namedtuple("Data", "class_names splits")  # list of str, dict of Split
 def make_transforms(img_size):
     """What an image goes through: `resize` once, `augment` once per training view, `normalize` on the device.
 
-    The first two take and give PIL images, the last takes uint8 [B, 3, H, W]. Edit freely: an edit starts a new run.
+    The first two take and give PIL images, the last takes uint8 [B, 3, H, W]. An edit starts a new run.
     """
     return Transforms(
         resize=v2.Resize(img_size),
-        augment=v2.Compose([
-            v2.RandomHorizontalFlip(),
-            v2.RandomRotation(15),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
-        ]),
-        normalize=v2.Compose([
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-        ]))
+        augment=v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(15),
+                            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2)]),
+        normalize=v2.Compose([v2.ToDtype(torch.float32, scale=True),
+                              v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]))
 
 
 def find_own_images(folder, names):
-    """Class names and {split: (paths, labels)} of folder/train, folder/val, ..., one sub-folder per class in each."""
-    class_names, found = None, {}
-    for name in names:
-        try:
-            files = ImageFolder(folder / name, allow_empty=True)
-        except OSError as error:
-            raise UserError(f"{folder / name} must have one sub-folder of images per class ({first_line(error)})"
-                            + "; or leave the test split out: --eval-splits val" * (name == "test")) from None
-        class_names = class_names or files.classes
-        if files.classes != class_names:
-            odd = sorted(set(files.classes) ^ set(class_names))
-            raise UserError(f"{folder / name} and {folder / 'train'} need the same classes; not in both: {listing(odd)}")
-        empty = [c for i, c in enumerate(class_names) if i not in files.targets]
-        if not files.targets or name == "train" and (empty or len(class_names) < 2):
-            raise UserError(f"{folder / name} needs images of two or more classes; without any: {listing(empty)}")
-        found[name] = [Path(path) for path, _ in files.samples], files.targets
-    return class_names, found
+    """Class names and {split: (paths, labels)} of folder/train, folder/val, ...: one sub-folder per class."""
+    try:
+        found = {name: ImageFolder(folder / name, allow_empty=True) for name in names}
+    except OSError as error:
+        raise UserError(f"{folder} needs the folders {', '.join(names)} with one sub-folder per class "
+                        f"({first_line(error)}); --eval-splits val does without test") from None
+    class_names = found["train"].classes
+    for name, files in found.items():
+        odd = sorted(set(files.classes) ^ set(class_names))
+        empty = [label for index, label in enumerate(class_names) if index not in files.targets]
+        if odd or not files.targets or len(class_names) < 2 or (empty and name == "train"):
+            raise UserError(f"{folder / name} needs images of two or more classes, the same as in train; "
+                            f"not in both: {listing(odd) or 'none'}; empty: {listing(empty) or 'none'}")
+    return class_names, {name: ([Path(path) for path, _ in files.samples], files.targets)
+                         for name, files in found.items()}
 
 
 def find_flowers102(folder, names):
-    """Class names and {split: (paths, labels)} of Flowers-102 (Nilsback & Zisserman, 2008), downloaded if missing."""
-    base, missing = folder / "flowers-102", []
+    """Class names and {split: (paths, labels)} of Flowers-102 (Nilsback & Zisserman, 2008)."""
+    base, missing = folder / "flowers-102", [folder / "flowers-102" / "jpg"]
     try:
         Flowers102(folder, download=True)
-        splits = {name: Flowers102(folder, name) for name in names}
-        missing = [path for split in splits.values() for path in split._image_files if not path.exists()]
+        found = {name: Flowers102(folder, name) for name in names}
+        missing = [path for files in found.values() for path in files._image_files if not path.exists()]
         if missing:
             extract_flowers102(folder)
     except (OSError, RuntimeError) as error:
-        wrong = [base / file for file, md5 in Flowers102._file_dict.values()
-                 if (base / file).exists() and not check_integrity(base / file, md5)]
-        state = f"damaged: {listing(wrong)}" if wrong else f"missing: {listing(missing or [base / 'jpg'])}"
-        raise UserError(f"Flowers-102 is not whole ({state}) and cannot be downloaded ({first_line(error)}): connect to "
-                        "the network and run again, set --data-dir, leave the test split out (--eval-splits val), or "
-                        "try --demo, which needs no download") from None
-    return Flowers102.classes, {name: (split._image_files, split._labels) for name, split in splits.items()}
+        wrong = [base / name for name, md5 in Flowers102._file_dict.values()
+                 if (base / name).exists() and not check_integrity(base / name, md5)]
+        state = f"damaged: {listing(wrong)}" if wrong else f"missing: {listing(missing)}"
+        raise UserError(f"Flowers-102 is not whole ({state}) and the download failed ({first_line(error)}): "
+                        "connect to the network, set --data-dir, or try --demo, which needs no download; "
+                        "--eval-splits val does without the test split") from None
+    return Flowers102.classes, {name: (files._image_files, files._labels) for name, files in found.items()}
 
 
 def extract_flowers102(folder):
     """Unpack the images once more, downloading the archive unless it lies there whole."""
-    archive, md5 = Flowers102._file_dict["image"]
-    download_and_extract_archive(Flowers102._download_url_prefix + archive, str(folder / "flowers-102"), md5=md5)
+    name, md5 = Flowers102._file_dict["image"]
+    download_and_extract_archive(Flowers102._download_url_prefix + name, str(folder / "flowers-102"), md5=md5)
 
 
 def load_image(path):
@@ -219,24 +212,19 @@ def load_image(path):
         return image.convert("RGB")
 
 
-class DecodedFiles(Dataset):
-    """Image files as pairs (uint8 [H, W, 3], error); of a file that cannot be read, zeros and the reason."""
-
-    def __init__(self, paths, img_size):
-        self.paths, self.img_size, self.resize = paths, img_size, make_transforms(img_size).resize
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
+def load_images(paths, img_size):
+    """Files as uint8 [B, H, W, 3], and {path: reason} of those that cannot be read, which become zeros."""
+    images, unreadable = torch.zeros((len(paths), *img_size, 3), dtype=torch.uint8), {}
+    for image, path in zip(images, paths):
         try:
-            return np.array(self.resize(load_image(self.paths[index]))), ""
+            image.copy_(torch.from_numpy(np.array(make_transforms(img_size).resize(load_image(path)))))
         except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
-            return np.zeros((*self.img_size, 3), np.uint8), first_line(error)
+            unreadable[path] = first_line(error)
+    return images, unreadable
 
 
 class AugmentedViews(Dataset):
-    """VIEWS views of each of `images` (uint8 [N, H, W, 3]); each depends on (SEED, view, image index) alone."""
+    """VIEWS views of each of `images` (uint8 [N, H, W, 3]), made from (SEED, view, image index) alone."""
 
     def __init__(self, images, cfg):
         self.images, self.cfg, self.augment = images, cfg, make_transforms(cfg.img_size).augment
@@ -252,8 +240,9 @@ class AugmentedViews(Dataset):
 
 def batches_of(dataset, batch_size, cfg, collate=None):
     """Batches of a data set in its own order, made by worker processes if there are enough of them."""
-    workers = min(os.cpu_count() if cfg.num_workers < 0 else cfg.num_workers, len(dataset) // batch_size)
-    return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupt)
+    workers = os.cpu_count() if cfg.num_workers < 0 else cfg.num_workers
+    return DataLoader(dataset, batch_size, num_workers=min(workers, len(dataset) // batch_size),
+                      collate_fn=collate, worker_init_fn=ignore_interrupt)
 
 
 def ignore_interrupt(_worker):
@@ -264,10 +253,10 @@ def ignore_interrupt(_worker):
 def decode(paths, cfg):
     """Decode and resize once: uint8 [N, H, W, 3], and {path: reason} of the files that cannot be read."""
     images, unreadable = torch.empty((len(paths), *cfg.img_size, 3), dtype=torch.uint8), {}
-    batches = batches_of(DecodedFiles(paths, cfg.img_size), 16, cfg)
-    for start, (batch, errors) in zip(range(0, len(paths), 16), progress(batches, 16, "decoding")):
-        images[start:start + len(batch)] = batch
-        unreadable |= {path: error for path, error in zip(paths[start:], errors) if error}
+    batches = batches_of(paths, 16, cfg, partial(load_images, img_size=cfg.img_size))
+    for part, (batch, errors) in zip(images.split(16), progress(batches, 16, "decoding")):
+        part.copy_(batch)
+        unreadable |= errors
     return images, unreadable
 
 
@@ -296,79 +285,47 @@ def load_data(cfg):
 
 DEMO = dict(data_dir="data/demo_flowers", img_size=(96, 96), views=4, eval_splits=("val",), weights="none",
             epochs_stage1=6, epochs_stage2=3, run_name="demo")
-DEMO_NUMBERS = {"train": range(8), "val": range(8, 12)}  # of the pictures of each species
-PETALS = ((0.8, 0.45, 0, 0.85), (0.75, 1, 0, 0.8), (1.3, 0.5, 0.32, 0.72), (0.6, 0.6, 0, 0.5),
-          (0.9, 0.2, 0.1, 0.75), (1.9, 0.5, 0, 0.8), (0.5, 1.3, 0, 0.65))  # round, pointed, heart, narrow, ...
-TONES = (0.58, 0.85), (0.84, 0.75), (0.47, 0.75), (0.7, 0.6)  # lightness and saturation of petals
-CENTRES = (0.13, 0.55, 0.9), (0.07, 0.28, 0.6), (0.22, 0.5, 0.6), (0.12, 0.8, 0.8)  # yellow, brown, lime, cream
-GROUNDS = (0.29, 0.28, 0.38), (0.56, 0.75, 0.5), (0.08, 0.3, 0.3)  # leaves, sky, soil
 
 
 def draw_demo_images(folder):
-    """Write drawn flowers of 102 species as a folder tree, as own images would lie there."""
-    for split, numbers in DEMO_NUMBERS.items():
-        for species in progress(range(102), len(numbers), f"drawing {split}"):
-            (folder / split / f"species {species + 1:03d}").mkdir(parents=True, exist_ok=True)
-            for number in numbers:
-                draw_flower(species, number, 128).save(folder / split / f"species {species + 1:03d}" / f"{number}.png")
+    """Draw 12 pictures of each of 102 species, 8 to train on and 4 to test, as own images would lie there."""
+    for species in progress(range(102), 12, "drawing"):
+        for number in range(12):
+            split, label = "train" if number < 8 else "val", f"species {species + 1:03d}"
+            (folder / split / label).mkdir(parents=True, exist_ok=True)
+            draw_flower(species, number, 192).save(folder / split / label / f"{number}.png")
 
 
 def draw_flower(species, number, size):
-    """Picture `number` of a species as PIL image of `size` pixels: a species has a look, a picture pose and light."""
-
-    def rgb(hue, lightness, saturation):
-        return 255 * np.array(hls_to_rgb(hue, lightness, saturation))
-
-    def petal(rise, fall, notch, width):  # from (0, 0) to (1, 0); rise shapes the base, fall and notch the tip
-        around = np.linspace(0, 2 * math.pi, 32)
-        t = (1 - np.cos(around)) / 2
-        side = t**rise * (1 - t)**fall / np.max(t**rise * (1 - t)**fall)
-        return np.c_[t - notch * t**6 * (1 - side), width * side * np.sign(math.pi - around)]
-
-    def paint(outline, place, angle, length, colour, tilt=1.0):  # places and lengths are shares of the picture
-        cos, sin = length * math.cos(angle), length * math.sin(angle)
-        points = (outline @ np.array([[cos, sin * tilt], [-sin, cos * tilt]]) + place) * picture.width
-        ImageDraw.Draw(picture).polygon(points.ravel().tolist(), tuple(colour.astype(int)))
-
-    look, rng = np.random.default_rng(species), np.random.default_rng((species, number))
-    hue = 0.53 + 0.63 * (species * 0.618034 % 1)  # golden steps, leaving out green, which would not stand out
-    (lightness, saturation), (*shape, width) = TONES[species % 4], PETALS[species % 7]
-    petals, rows = look.choice([4, 5, 6, 8, 12] if width > 0.7 else [6, 9, 13]), look.integers(1, 3)
-    outline, core = petal(*shape, width * min(math.sin(math.pi / petals), 0.6)), look.uniform(0.14, 0.32)
-    throats = (hue, lightness * 0.6, saturation), (hue + 0.12, lightness * 0.9, 0.9), (0.14, 0.88, 0.9)
-    throat, centre, ground = (rgb(*look.choice(table)) for table in (throats, CENTRES, GROUNDS))
-    middle, radius, tilt = rng.uniform(0.42, 0.58, 2), rng.uniform(0.32, 0.43), rng.uniform(0.8, 1)
-    turn, lean, light = rng.uniform(-math.pi, math.pi), rng.normal(0, 0.15), rng.uniform(0.94, 1.06)
-    colour = light * rgb(hue + rng.normal(0, 0.008), lightness + rng.normal(0, 0.015), saturation)
-
-    leaf, stem, disc = petal(0.8, 0.9, 0, 0.2), petal(0.1, 0.1, 0, 0.013), petal(0.5, 0.5, 0, 0.5) * 2 - [1, 0]
-    picture = Image.new("RGB", (48, 48), tuple(ground.astype(int)))
-    for x, y, r in rng.uniform((0, 0, 0.06), (1, 1, 0.2), (18, 3)):
-        paint(disc, (x, y), 0, r, ground * rng.normal(1.05, 0.18) + rng.normal(0, 5, 3))
-    paint(disc, middle + 0.04, 0, 0.8 * radius, 0.65 * ground)  # the flower's shadow
-    picture = picture.filter(ImageFilter.GaussianBlur(3)).resize((3 * size, 3 * size))
-    green, node = light * rgb(0.27, 0.36, 0.45), middle + 0.48 * np.array([-math.sin(lean), math.cos(lean)])
-    paint(stem, middle, math.pi / 2 + lean, 1, green)
-    for slim, shade in (1, 0.75), (0.9, 1), (0.45, 1.12), (0.06, 0.8):
-        paint(leaf * [1, slim], node, np.sign(lean) - math.pi / 2, 0.36, shade * green)
-    layers = [(outline * [1.02, 1.07], 0.72 * colour)]  # a dark rim, then a gradient from colour to throat
-    layers += [(outline * (1 - t), colour + (throat - colour) * t**1.3) for t in np.linspace(0, 0.8, 12)]
-    for i in range(rows * petals):
-        angle = turn + (i + i // petals / 2) * 2 * math.pi / petals + rng.normal(0, 0.04)
-        length = radius * (1 - 0.3 * (i // petals)) * rng.normal(1, 0.03)
-        for layer, tone in layers:  # lit from the upper left
-            paint(layer, middle, angle, length, tone * (0.95 + 0.06 * math.cos(angle + 2.2)), tilt)
-    paint(disc, middle, 0, 1.12 * radius * core, 0.5 * centre, tilt)
-    for i, shade in enumerate(np.linspace(1.3, 0.8, 60)):  # seeds, in a sunflower's golden-angle spiral
-        paint(disc / 9 + [i**0.5 / 8, 0], middle, 2.4 * i, radius * core, shade * centre, tilt)
-    return picture.reduce(3)  # drawn three times too large, as shrinking smooths the edges
+    """A PIL image of `size` pixels: the species decides the flower's look, the number its pose and light."""
+    look, pose = np.random.default_rng(species), np.random.default_rng((species, number))
+    petals, depth, tip = look.choice([4, 5, 6, 8, 12]), look.uniform(0.3, 0.75), look.uniform(0.3, 1.2)
+    core, soft = look.uniform(0.15, 0.35), look.uniform(0.3, 1)
+    hue = 0.52 + 0.64 * (species * 0.618034 % 1)  # golden steps, leaving out green, which would not stand out
+    petal, throat, disc, ground = hsv_to_rgb([
+        (hue % 1, soft, look.uniform(0.75, 1)), (look.uniform(), 0.7, look.uniform(0.4, 1)),
+        (0.13, 0.9, look.uniform(0.25, 0.95)), (look.uniform(0.2, 0.4), 0.5, look.uniform(0.2, 0.5))])
+    # Of each pixel, the distance from the flower's middle and the angle around it.
+    y, x = np.mgrid[:size, :size] / size - pose.uniform(0.42, 0.58, (2, 1, 1))
+    distance = np.hypot(x, y) / pose.uniform(0.34, 0.45)
+    angle = np.arctan2(y, x) + pose.uniform(0, 2 * math.pi)
+    wave = np.abs(np.cos(petals / 2 * angle))  # 1 along the middle of a petal, 0 between two
+    reach = (distance / (1 - depth + depth * wave**tip))[..., None]  # 1 at the petals' edge
+    leaves = Image.fromarray(pose.integers(80, 190, (7, 7, 3), np.uint8)).resize((size, size))
+    seeds = 0.8 + 0.3 * np.sin(70 * distance) * np.sin(3 * petals * angle)
+    petal = petal + (throat - petal) * np.clip(1.1 - 1.4 * reach, 0, 1)
+    petal = petal * (0.75 + 0.25 * wave[..., None]) * np.where(reach > 0.94, 0.7, 1)  # folds and a dark rim
+    picture = np.where(reach < 1, petal, ground * np.array(leaves) / 128)
+    picture = np.where(distance[..., None] < core, disc * seeds[..., None], picture)
+    light = pose.uniform(0.9, 1.1) - 0.3 * (x + y)[..., None]  # from the upper left
+    return Image.fromarray((255 * picture * light).clip(0, 255).astype(np.uint8))
 
 
 # ---- Model -----------------------------------------------------------------------------------------------
 
 
 def build_model(num_classes, state=None, seed=0):
-    """torchvision's EfficientNet-B3 with `num_classes`, in eval mode; `state`: weights, perhaps without a classifier."""
+    """torchvision's EfficientNet-B3 in eval mode; `state`: weights, perhaps without a classifier."""
     torch.manual_seed(seed)
     model = efficientnet_b3(num_classes=num_classes).eval()
     if state is not None:
@@ -388,12 +345,13 @@ def load_pretrained(weights):
             state = EfficientNet_B3_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = {key: value.float() for key, value in state.get("model", state).items() if "classifier." not in key}
+        state = {key: value.float() for key, value in state.get("model", state).items()
+                 if "classifier." not in key}
         build_model(2, state)
         return state
     except OSError as error:
-        raise UserError(f"cannot get the weights {weights} ({first_line(error)}): connect to the network, set --weights "
-                        "to a file that exists or to none, or try --demo, which needs no download") from None
+        raise UserError(f"cannot get the weights {weights} ({first_line(error)}): connect to the network, "
+                        "set --weights to an existing file or to none, or try --demo") from None
     except Exception as error:  # whatever a foreign file makes of the unpickler
         raise UserError(f"{weights} is no state dict of EfficientNet-B3 ({first_line(error)})") from None
 
@@ -401,8 +359,8 @@ def load_pretrained(weights):
 def split_model(model, blocks):
     """The frozen and the unfrozen layers of `model.features` where its last `blocks` blocks are unfrozen.
 
-    Both are sequences of the model's own layers: training the one trains the model. The pooling ends the unfrozen
-    sequence, or, where no block is unfrozen, the frozen one.
+    Both are sequences of the model's own layers: training the one trains the model. The pooling ends the
+    unfrozen sequence, or, where no block is unfrozen, the frozen one.
     """
     cut = len(model.features) - blocks
     frozen, unfrozen = list(model.features[:cut]), list(model.features[cut:])
@@ -421,8 +379,8 @@ class GlobalAveragePool(nn.Module):
 def start_without_pretraining(model, images, run):
     """Make random weights say something: identity-like blocks, then BatchNorm statistics from `images`.
 
-    Zero-initialised residual branches (Goyal et al., 2017) and a bias that keeps SiLU in its near-linear range let
-    colour and shape through 26 random layers, which would otherwise scramble them.
+    Zero-initialised residual branches (Goyal et al., 2017) and a bias that keeps SiLU in its near-linear
+    range let colour and shape through 26 random layers, which would otherwise scramble them.
     """
     for module in model.features.modules():
         if isinstance(module, Conv2dNormActivation) and len(module) == 3:
@@ -448,12 +406,12 @@ def start_without_pretraining(model, images, run):
 #          --once per view--> augmented view --> activations at the cut (232x10x10, 46 kB in half precision)
 #          --in every step--> unfrozen blocks --> head --> loss
 #
-# With 8 views, 13 epochs cost 9,180 passes through the frozen part instead of 27,540, and as its weights are fixed,
-# each pass can run in its fastest form. Further epochs cost the trainable part only.
+# With 8 views, 13 epochs cost 9,180 passes through the frozen part instead of 27,540, and as its weights are
+# fixed, each pass can run in its fastest form. Further epochs cost the trainable part only.
 
 
 def fast_copy(layers, run):
-    """A copy of layers for inference: BatchNorm folded into the convolutions, channels_last, half precision."""
+    """A copy for inference: BatchNorm folded into the convolutions, channels_last, half precision."""
     layers = copy.deepcopy(layers).eval().requires_grad_(False)
     for block in layers.modules():
         if isinstance(block, Conv2dNormActivation):
@@ -462,7 +420,7 @@ def fast_copy(layers, run):
 
 
 class FrozenPart(nn.Module):
-    """Frozen layers in their fastest form, from decoded images uint8 [B, H, W, 3] to activations."""
+    """Frozen layers in their fastest form, from B decoded images uint8 [H, W, 3] to activations."""
 
     def __init__(self, layers, run):
         super().__init__()
@@ -471,28 +429,24 @@ class FrozenPart(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        images = images.to(self.device).permute(0, 3, 1, 2)  # of this layout, the permutation is channels_last
+        images = torch.stack(tuple(images)).to(self.device).permute(0, 3, 1, 2)  # is channels_last
         return self.layers(self.normalize(images).to(self.dtype))
-
-    def collate(self, images):
-        """Batch a list of images and send it through, in whichever process calls."""
-        return self(torch.stack(images))
 
 
 def cache_activations(frozen, split, data, run, augment=False):
-    """What `frozen` says about the images of a split: about each as it is, or about VIEWS augmented views of each.
+    """What `frozen` says about the images of a split, or about VIEWS augmented views of each.
 
-    Returns activations [views, N, C, h, w] ([views, N, C] after pooling) on the device. A second call costs nothing.
+    Returns activations [views, N, C, h, w] ([views, N, C] after pooling). A second call costs nothing.
     """
     if split in run.activations:
         return run.activations[split]
     images, size, part = data.splits[split].images, inference_batch_size(run), FrozenPart(frozen, run)
-    views = AugmentedViews(images, run.cfg) if augment else images
+    views, on_cpu = AugmentedViews(images, run.cfg) if augment else images, run.device.type == "cpu"
     # A GPU is fed by all processes; processors are busiest when each one takes its batches all the way.
-    collate = part.collate if run.device.type == "cpu" else torch.stack
-    batches = progress(batches_of(views, size, run.cfg, collate), size, f"frozen part, {split}")
+    batches = batches_of(views, size, run.cfg, collate=part if on_cpu else torch.stack)
     with run.phase(f"frozen part, {split}"):
-        outputs = collected(batches if run.device.type == "cpu" else map(part, batches), len(views))
+        batches = progress(batches, size, f"frozen part, {split}")
+        outputs = collected(batches if on_cpu else map(part, batches), len(views))
         run.activations[split] = outputs.unflatten(0, (-1, len(images)))
     return run.activations[split]
 
@@ -512,9 +466,9 @@ def pass_through(layers, activations, run):
     """Send cached activations [views, N, ...] on through further layers, as they are now."""
     if not len(layers):
         return activations
+    views, count = activations.shape[:2]
     batches = activations.flatten(0, 1).split(4 * inference_batch_size(run))
-    return collected(map(fast_copy(layers, run), batches), math.prod(activations.shape[:2])).unflatten(
-        0, activations.shape[:2])
+    return collected(map(fast_copy(layers, run), batches), views * count).unflatten(0, (views, count))
 
 
 def inference_batch_size(run):
@@ -527,28 +481,26 @@ def check_memory(frozen, data, run):
     with torch.no_grad():
         one = frozen(torch.zeros(1, 3, *run.cfg.img_size, device=run.device)).numel() * run.dtype.itemsize
     images = {name: len(split.labels) for name, split in data.splits.items()}
-    need = one * (sum(images.values()) + (run.cfg.views - 1) * images["train"])
+    need, there = one * (sum(images.values()) + (run.cfg.views - 1) * images["train"]), math.inf
     if run.device.type == "cuda":
         there = torch.cuda.mem_get_info()[0]
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
     if need > 0.8 * there:
-        raise UserError(f"the activations need {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB of memory: lower VIEWS, "
-                        "UNFREEZE_LAST_BLOCKS or IMG_SIZE")
+        raise UserError(f"the activations need {need / 1e9:.1f} GB of the {there / 1e9:.1f} GB of memory: "
+                        "lower VIEWS, UNFREEZE_LAST_BLOCKS or IMG_SIZE")
 
 
 # ---- Heads -----------------------------------------------------------------------------------------------
 #
-# Ten images per class are few: a head soon knows its training images by heart, and its loss on them says nothing of
-# other images. So FOLDS + 1 heads are trained side by side: head k never sees the images of fold k, the last one
-# sees all and goes into the model. What the heads say of their left-out images is honest: the unfrozen blocks learn
-# from it, and it sets the temperature (cross-fitting, Chernozhukov et al., 2018).
+# Ten images per class are few: a head soon knows its training images by heart, and its loss on them says
+# nothing of other images. So FOLDS + 1 heads are trained side by side: head k never sees the images of fold
+# k, the last one sees all and goes into the model. What the heads say of their left-out images is honest: the
+# unfrozen blocks learn from it, and it sets the temperature (cross-fitting, Chernozhukov et al., 2018).
 
 
 class Heads(nn.Module):
-    """FOLDS + 1 linear heads on the same features; the only image of a class is in no fold, as each head needs it."""
+    """FOLDS + 1 linear heads on the same features; a class's only image is in no fold: each head needs it."""
 
     def __init__(self, labels, linear, cfg):
         super().__init__()
@@ -567,7 +519,7 @@ class Heads(nn.Module):
         return torch.einsum("bd,kcd->kbc", features, self.weight) + self.bias[:, None]
 
     def logits_by(self, heads, features):
-        """Logits [B, classes] of features [B, D], image i by the head number `heads[i]`, which does not learn."""
+        """Logits [B, classes] of features [B, D], image i by head number `heads[i]`, which does not learn."""
         return torch.einsum("bd,bcd->bc", features, self.weight.detach()[heads]) + self.bias.detach()[heads]
 
     def seen(self, images):
@@ -578,28 +530,30 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def solve(self, features, shrinkage):
-        """Set all heads in closed form from features [views, N, D]: linear discriminant analysis, then a temperature.
+        """Set all heads in closed form from features [views, N, D]: discriminant analysis and a temperature.
 
-        The weights are those of scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage), but
-        sums that the heads share are taken once, which is many times faster. They come too confident: all logits
-        are scaled by the one factor that gives the lowest cross-entropy on left-out images.
+        The weights are those of scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...), but
+        sums that the heads share are taken once, which is many times faster. They come too confident: all
+        logits are scaled by the one factor that gives the lowest cross-entropy on left-out images.
         """
         features, labels, folds = features.cpu(), self.labels.cpu(), self.folds.cpu()
         parts = []  # by fold, the sums that the analysis needs
         for fold in range(len(self.weight)):
-            x, y = features[:, folds == fold].flatten(0, 1).double(), labels[folds == fold].repeat(len(features))
+            x = features[:, folds == fold].flatten(0, 1).double()
+            y = labels[folds == fold].repeat(len(features))
             sums = torch.zeros(self.weight.shape[1:], dtype=x.dtype).index_add(0, y, x)
             parts.append((x.T @ x, sums, y.bincount(minlength=len(sums))))
         totals = [sum(part) for part in zip(*parts)]
         parts[-1] = 0, 0, 0  # the last head leaves nothing out
         for head, part in enumerate(parts):
-            weight, bias = discriminant(*(total - left_out for total, left_out in zip(totals, part)), shrinkage)
-            self.weight[head], self.bias[head] = weight, bias
-        images = (folds < len(parts) - 1).nonzero().flatten().to(self.weight.device)
+            kept = [total - left_out for total, left_out in zip(totals, part)]
+            self.weight[head], self.bias[head] = discriminant(*kept, shrinkage)
+        images = (folds < len(parts) - 1).nonzero().flatten()
         if not len(images):
             return
-        logits = [self.logits_by(self.folds[images], view[images.cpu()].to(images.device)) for view in features]
-        logits, targets = torch.cat(logits).cpu(), labels[images.cpu()].repeat(len(features))
+        device, judges = self.weight.device, self.folds[images.to(self.weight.device)]
+        logits = torch.cat([self.logits_by(judges, view[images].to(device)) for view in features]).cpu()
+        targets = labels[images].repeat(len(features))
         factor = math.exp(minimize_scalar(lambda log: F.cross_entropy(logits * math.exp(log), targets).item(),
                                           bounds=(-10, 5), method="bounded").x)
         self.weight.mul_(factor)
@@ -607,7 +561,7 @@ class Heads(nn.Module):
 
 
 def discriminant(products, sums, counts, shrinkage):
-    """Weights [classes, D] and bias [classes] of linear discriminant analysis with a shrunk covariance matrix.
+    """Weights [classes, D] and bias [classes] of linear discriminant analysis with a shrunk covariance.
 
     Of features x: the sum of x x^T [D, D], by class the sum of x [classes, D] and the number of x [classes].
     """
@@ -632,17 +586,9 @@ def stages_of(cfg):
 
 
 def learning_rate(stage, done):
-    """The rate after `done` epochs and parts of one: linear warm-up over a tenth of the stage, then cosine to zero."""
+    """The rate after `done` epochs: linear warm-up over a tenth of the stage, then cosine to zero."""
     share = (done - stage.first) / (stage.last - stage.first)
     return stage.lr * (share / 0.1 if share < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (share - 0.1) / 0.9))
-
-
-def train_mode(blocks):
-    """Stochastic depth on; BatchNorm keeps its pretrained statistics: a batch of 32 would estimate worse ones."""
-    blocks.train()
-    for module in blocks.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
 
 
 def features_of(blocks, activations, run):
@@ -652,23 +598,26 @@ def features_of(blocks, activations, run):
 
 
 def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch, run):
-    """One pass over `activations` [N, ...] in random order: the mean loss and the accuracy on left-out images."""
-    cfg = run.cfg
-    train_mode(blocks)
-    torch.manual_seed(mix_seed(cfg.seed, epoch))  # an epoch is the same whether the run was interrupted or not
+    """One pass over `activations` [N, ...] in random order: mean loss and accuracy on left-out images."""
+    cfg, loss_sum, right = run.cfg, 0.0, 0
+    for module in blocks.train().modules():  # stochastic depth is on
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # keeps its pretrained statistics: a batch of 32 would estimate worse ones
+    torch.manual_seed(mix_seed(cfg.seed, epoch))  # an epoch is the same after an interruption
     batches = torch.randperm(len(activations)).to(run.device).split(cfg.batch_size)
-    loss_sum, right = 0.0, 0
     for number, images in enumerate(progress(batches, cfg.batch_size, f"epoch {epoch}"), 1):
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(stage, epoch - 1 + number / len(batches))
-        features, targets, seen = features_of(blocks, activations[images], run), heads.labels[images], heads.seen(images)
+        features = features_of(blocks, activations[images], run)
+        targets, seen = heads.labels[images], heads.seen(images)
         judges = heads.folds[images] if cfg.cross_fit else torch.full_like(images, cfg.folds)
         logits = heads.logits_by(judges, features)
         loss = F.cross_entropy(logits, targets)
-        loss_of_heads = F.cross_entropy(heads(features.detach())[seen], targets.expand_as(seen)[seen], reduction="sum")
+        logits_of_heads, targets_of_heads = heads(features.detach())[seen], targets.expand_as(seen)[seen]
+        loss_of_heads = F.cross_entropy(logits_of_heads, targets_of_heads, reduction="sum")
         if not torch.isfinite(loss + loss_of_heads):
-            raise RunError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower LR_STAGE{stage.number} or "
-                           "set AMP to False; the checkpoints of the epochs before are whole")
+            raise RunError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower LR_STAGE"
+                           f"{stage.number} or set AMP to False; the checkpoints of earlier epochs are whole")
         optimizer.zero_grad()
         scaler.scale(loss + loss_of_heads / len(images)).backward()
         scaler.step(optimizer)
@@ -688,7 +637,7 @@ def predict_logits(blocks, head, activations, run):
 def refit(heads, blocks, activations, run):
     """Solve the heads on the features of the fine-tuned blocks and take the mean with the trained heads.
 
-    Both classify the same features; the mean of two linear heads is a linear head, and here better than either.
+    Both classify the same features; the mean of two linear heads is a linear head, and better than either.
     """
     trained = copy.deepcopy(heads)
     heads.solve(pass_through(blocks, activations, run), run.cfg.shrinkage)
@@ -698,7 +647,7 @@ def refit(heads, blocks, activations, run):
 
 
 def fit(model, data, state, config, run):
-    """Train both stages, from the beginning or from the `state` after the last whole epoch; returns the history."""
+    """Train both stages, from the beginning or from the `state` after the last whole epoch: the history."""
     cfg, history = run.cfg, list(state["history"]) if state else []
     print("stage  epoch        lr  train loss   train acc  val loss   val acc  seconds  best")
     for number in range(len(history)):
@@ -706,7 +655,6 @@ def fit(model, data, state, config, run):
     if len(history) == cfg.epochs_stage1 + cfg.epochs_stage2:
         return history
     frozen, _ = split_model(model, cfg.unfreeze_last_blocks)
-    check_memory(frozen, data, run)
     train_cut = cache_activations(frozen, "train", data, run, augment=True)
     val_cut = cache_activations(frozen, "val", data, run)
     heads = Heads(data.splits["train"].labels, model.classifier[1], cfg).to(run.device)
@@ -718,17 +666,17 @@ def fit(model, data, state, config, run):
         frozen_now, blocks = split_model(model, stage.blocks)
         with run.phase(f"stage {stage.number}"):
             beyond = frozen_now[len(frozen):]  # stage 1 is frozen beyond the cut, up to the head
-            train, val = (pass_through(beyond, activations, run) for activations in (train_cut, val_cut))
+            train, val = pass_through(beyond, train_cut, run), pass_through(beyond, val_cut, run)[0]
             if not history and stage.number == 1 and cfg.head_init == "lda":
                 heads.solve(train, cfg.shrinkage)
-            fit_stage(stage, model, blocks, heads, train, val[0], data, history, state, config, run)
+            fit_stage(stage, model, blocks, heads, train, val, data, history, state, config, run)
     return history
 
 
 def fit_stage(stage, model, blocks, heads, train, val, data, history, state, config, run):
     """The epochs of one stage that `history` lacks; each ends with its checkpoint and its line in the table.
 
-    `train` [views, N, ...] and `val` [M, ...] are activations at the point where the stage's frozen part ends.
+    `train` [views, N, ...] and `val` [M, ...] are activations where the stage's frozen part ends.
     """
     optimizer = torch.optim.Adam([{"params": heads.parameters(), "factor": 1.0},
                                   {"params": blocks.parameters(), "factor": run.cfg.blocks_lr_factor}])
@@ -738,8 +686,7 @@ def fit_stage(stage, model, blocks, heads, train, val, data, history, state, con
         scaler.load_state_dict(state["scaler"])
     labels = data.splits["val"].labels
     for epoch in range(len(history) + 1, stage.last + 1):
-        start = time.perf_counter()
-        view = train[(epoch - 1) % len(train)]
+        start, view = time.perf_counter(), train[(epoch - 1) % len(train)]
         loss, accuracy = train_one_epoch(blocks, heads, view, optimizer, scaler, stage, epoch, run)
         if epoch == stage.last and stage.blocks and run.cfg.refit_head:
             refit(heads, blocks, train, run)
@@ -750,13 +697,21 @@ def fit_stage(stage, model, blocks, heads, train, val, data, history, state, con
         history.append({
             "stage": stage.number, "epoch": epoch, "lr": learning_rate(stage, max(epoch - 0.5, stage.first)),
             "train_loss": loss, "train_acc": accuracy, "val_loss": F.cross_entropy(logits, labels).item(),
-            "val_acc": (logits.argmax(1) == labels).float().mean().item(), "seconds": time.perf_counter() - start})
-        save_epoch(model, heads, optimizer, scaler, history, data, config, run)
+            "val_acc": (logits.argmax(1) == labels).float().mean().item(),
+            "seconds": time.perf_counter() - start})
+        checkpoint = {"model": model.state_dict(), "class_names": data.class_names, "config": config,
+                      "history": history, "best_accuracy": best_epoch(history)["val_acc"]}
+        # The best first: a run killed between the two repeats the epoch and writes both again, the same.
+        if best_epoch(history) is history[-1]:
+            save_checkpoint(run.file("best.pth"), checkpoint)
+        checkpoint |= {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
+                       "scaler": scaler.state_dict()}
+        save_checkpoint(run.file("last.pth"), checkpoint)
         print_epoch(history)
 
 
 def best_epoch(history):
-    """The row with the highest validation accuracy; of equals, the one with the lower loss, then the earlier one."""
+    """The row with the highest validation accuracy; of equals, the lowest loss, then the first."""
     return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
 
 
@@ -770,8 +725,8 @@ def print_epoch(history):
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------
 
-RUN_FILES = ("best.pth", "last.pth", "loss.png", "acc.png", "confusion_matrix.png", "mistakes.png", "report.txt",
-             "metrics.json", "history.csv", "predictions.csv", "config.json")
+RUN_FILES = ("best.pth", "last.pth", "loss.png", "acc.png", "confusion_matrix.png", "mistakes.png",
+             "report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json")
 # Constants that say where, how fast or how much to tell; weights and images count by their content.
 WITHOUT_EFFECT = {"data_dir", "num_workers", "eval_splits", "weights", "device", "amp", "run_name", "out_dir"}
 
@@ -787,8 +742,8 @@ def write_file(path, content):
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error.strerror}): what was there before is whole; make room and run the "
-                       "same command again") from None
+        raise RunError(f"cannot write {path} ({error.strerror}): what was there before is whole; "
+                       "make room and run the same command again") from None
 
 
 def save_checkpoint(path, state):
@@ -796,19 +751,6 @@ def save_checkpoint(path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(path, buffer.getbuffer())
-
-
-def save_epoch(model, heads, optimizer, scaler, history, data, config, run):
-    """Write the last checkpoint, and before it, if the epoch is the best so far, the best one.
-
-    In this order: a run killed between the two repeats the epoch, with the same result, and writes both again.
-    """
-    state = {"model": model.state_dict(), "class_names": data.class_names, "config": config, "history": history,
-             "best_accuracy": best_epoch(history)["val_acc"]}
-    if best_epoch(history) is history[-1]:
-        save_checkpoint(run.file("best.pth"), state)
-    save_checkpoint(run.file("last.pth"), state | {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                                                   "scaler": scaler.state_dict()})
 
 
 def load_checkpoint(path):
@@ -826,7 +768,7 @@ def load_checkpoint(path):
 
 
 def fingerprint(data, pretrained, run):
-    """All that the result of a run depends on, as plain values: runs with the same fingerprint are the same run."""
+    """All that the result of a run depends on, as plain values: the same fingerprint means the same run."""
     images, weights = hashlib.sha256(repr(data.class_names).encode()), hashlib.sha256()
     for split in (data.splits["train"], data.splits["val"]):
         images.update(split.labels.numpy())
@@ -834,30 +776,32 @@ def fingerprint(data, pretrained, run):
     for key, value in sorted((pretrained or {}).items()):
         weights.update(key.encode() + value.numpy().tobytes())
     constants = {name: getattr(run.cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT}
-    return {**constants, "transforms": repr(make_transforms(run.cfg.img_size)), "images": images.hexdigest(),
-            "weights": weights.hexdigest(), "device": run.device.type, "precision": str(run.dtype)}
+    return {**constants, "transforms": repr(make_transforms(run.cfg.img_size)),
+            "images_sha256": images.hexdigest(), "weights_sha256": weights.hexdigest(),
+            "device_type": run.device.type, "precision": str(run.dtype)}
 
 
 def find_state(config, run):
-    """The state of this very run after its last whole epoch, or None; the files of any other run are moved aside."""
+    """The state of this very run after its last whole epoch, or None; other runs' files are moved aside."""
     files = [run.file(name) for name in RUN_FILES if run.file(name).exists()]
-    try:
-        if run.cfg.fresh or not run.file("last.pth").exists():
-            raise UserError("--fresh" if run.cfg.fresh else "no last checkpoint")
-        state, best = load_checkpoint(run.file("last.pth")), load_checkpoint(run.file("best.pth"))
-        changed = [key for key in config if config[key] != state["config"].get(key)]
-        if not changed and best["config"] == config:
-            return state
-        raise UserError(f"changed: {listing(changed, 9)}" if changed else "the best checkpoint is of another run")
-    except UserError as reason:
-        if files:
-            number = 1
-            while run.file(f"old{number}").exists():
-                number += 1
-            run.file(f"old{number}").mkdir()
-            for file in files:
-                file.rename(run.file(f"old{number}") / file.name)
-            print(f"new run    {reason}; the files of the earlier run are now in {run.file(f'old{number}')}")
+    reason = "--fresh" if run.cfg.fresh else "no last checkpoint"
+    if run.file("last.pth").exists() and not run.cfg.fresh:
+        try:
+            state, best = load_checkpoint(run.file("last.pth")), load_checkpoint(run.file("best.pth"))
+            changed = [key for key in config if config[key] != state["config"].get(key)]
+            if not changed and best["config"] == config:
+                return state
+            reason = f"changed: {listing(changed, 9)}" if changed else "the best checkpoint is of another run"
+        except UserError as error:
+            reason = error
+    if files:
+        number = 1
+        while run.file(f"old{number}").exists():
+            number += 1
+        run.file(f"old{number}").mkdir()
+        for file in files:
+            file.rename(run.file(f"old{number}") / file.name)
+        print(f"new run    {reason}; the files of the earlier run are now in {run.file(f'old{number}')}")
     return None
 
 
@@ -865,16 +809,17 @@ def find_state(config, run):
 
 
 def measure(probabilities, labels):
-    """The figures of one split from `probabilities` (float [N, classes]) and `labels` (int64 [N]), as plain numbers."""
+    """The figures of one split from `probabilities` (float [N, classes]) and `labels` (int64 [N])."""
     confidence, predicted = probabilities.max(1)
     right = (predicted == labels).float()
     share, count, z = right.mean().item(), len(labels), 1.96
-    middle, half = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count))**2)
+    middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count))**2)
     bins = (confidence * 15).long().clamp_max(14)  # ECE: Guo et al., 2017
     gaps = torch.zeros(15).index_add(0, bins, confidence - right)
     likeliest = probabilities.topk(min(5, probabilities.shape[1])).indices
     return {"images": count, "accuracy": share,
-            "wilson_95": [(middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)],
+            "wilson_95": [(middle - half) / scale, (middle + half) / scale],
             "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
             "macro_f1": float(f1_score(labels, predicted, labels=labels.unique(), average="macro")),
             "top5_accuracy": (likeliest == labels[:, None]).any(1).float().mean().item(),
@@ -883,7 +828,7 @@ def measure(probabilities, labels):
 
 
 def most_confused(confusion, class_names, limit=12):
-    """Lines on the largest off-diagonal cells of `confusion` (int [classes, classes], rows true)."""
+    """Pairs of words on the largest off-diagonal cells of `confusion` (int [classes, classes], rows true)."""
     totals = confusion.sum(1)
     cells = [(int(confusion[t, p]), int(totals[t]), t, p) for t, p in np.argwhere(confusion) if t != p]
     cells.sort(key=lambda cell: (-cell[0], cell[1]))  # of equal counts, the larger share of its class first
@@ -893,21 +838,20 @@ def most_confused(confusion, class_names, limit=12):
 
 def plot_curves(history, key, label):
     """Training and validation `key` ("loss", or "acc" in %) over the epochs of both stages."""
-    scale, form = (100, "{:.1f} %") if key == "acc" else (1, "loss {:.3f}")
-    epochs, stages, best = [row["epoch"] for row in history], [row["stage"] for row in history], best_epoch(history)
+    table, best, scale = pd.DataFrame(history), best_epoch(history), 100 if key == "acc" else 1
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes, (blue, orange, green) = figure.subplots(), sns.color_palette("colorblind")[:3]
     for part, name, colour in (("train", "training (left-out folds)", blue), ("val", "validation", orange)):
-        axes.plot(epochs, [scale * row[f"{part}_{key}"] for row in history], ".-", c=colour, lw=2, label=name)
+        axes.plot(table.epoch, scale * table[f"{part}_{key}"], ".-", c=colour, lw=2, label=name)
     height = scale * best[f"val_{key}"]
-    axes.plot(best["epoch"], height, "o", c=green, ms=10, mec="white",
-              label=f"best epoch: {best['epoch']}, {form.format(height)}")
-    # All words stand outside the axes, where no line can run into them.
+    words = f"best epoch: {best['epoch']}, " + (f"{height:.1f} %" if key == "acc" else f"loss {height:.3f}")
+    axes.plot(best["epoch"], height, "o", c=green, ms=10, mec="white", label=words)
     for stage, name, side in ((1, "head", "left"), (2, "fine-tuning", "right")):
-        axes.set_title(f"stage {stage}: {name}" if stage in stages else "", loc=side, size=10, color="0.35")
-    if stages[0] != stages[-1]:
-        axes.axvline(epochs[stages.index(2)] - 0.5, color="0.35", ls="--", lw=1.2)
-    axes.set(xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), xlabel="Epoch", ylabel=label)
+        if stage in table.stage.values:
+            axes.set_title(f"stage {stage}: {name}", loc=side, size=10, color="0.35")
+    if table.stage.nunique() == 2:
+        axes.axvline(table.epoch[table.stage == 1].max() + 0.5, color="0.35", ls="--", lw=1.2)
+    axes.set(xlim=(0.5, len(history) + 0.5), xlabel="Epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(15, integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     sns.despine(ax=axes)
@@ -917,64 +861,58 @@ def plot_curves(history, key, label):
 
 def plot_confusion_matrix(confusion, class_names, split):
     """Heat map of `confusion` (int [classes, classes], rows true) beside its most confused pairs."""
-    pairs = ["\n".join(pair) for pair in most_confused(confusion, class_names)]
     classes, named = len(class_names), len(class_names) <= 150
-    # Lengths in inches: 0.12 a class is what it takes to read the names. Sizes of text in points.
-    side = max(6.5, 0.12 * classes) if named else 12
-    cell, size = 72 * side / classes, min(18, 1.9 * side)
-    name_length = 0.6 * min(12, 0.85 * cell) * max(map(len, class_names)) / 72 * named
-    turned = name_length > side / classes
-    panel = 0.56 * size / 72 * max([24] + [len(line) for pair in pairs for line in pair.split("\n")])
-    figure = Figure((side + name_length + panel + 0.7, side + turned * name_length + 1), layout="constrained")
-    axes, beside, bar = figure.subplot_mosaic("mp;mb", width_ratios=[side, panel], height_ratios=[side, 0.2]).values()
+    side = max(6.5, 0.12 * classes) if named else 12  # inches: names can be read from 0.12 a class
+    cell, size = 72 * side / classes, min(18, 1.5 * side)  # points
+    figure = Figure((side, side))  # png_bytes makes room for all that stands outside the axes
+    axes, bar = figure.add_axes((0, 0, 1, 1)), figure.add_axes((1.05, 0, 0.4, 0.012))
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    norm = PowerNorm(0.5, vmin=1e-9, vmax=1)  # the root lifts single mistakes off the white of the empty cells
-    sns.heatmap(share, norm=norm, cmap=sns.color_palette("mako_r", as_cmap=True).with_extremes(under="white"),
-                linewidths=0.3 * named, linecolor="0.9", xticklabels=False, yticklabels=False, ax=axes, cbar_ax=bar,
+    norm = PowerNorm(0.5, vmin=0, vmax=1)  # the root lifts single mistakes off the white of the empty cells
+    sns.heatmap(share, mask=confusion == 0, norm=norm, cmap="mako_r", ax=axes, cbar_ax=bar,
+                xticklabels=class_names if named else False, yticklabels=class_names if named else False,
+                annot=confusion if named else None, fmt="d", annot_kws={"size": min(14, 0.6 * cell)},
                 cbar_kws={"orientation": "horizontal", "ticks": [0.01, 0.1, 0.25, 0.5, 1],
-                          "format": PercentFormatter(1, 0, " %"), "label": "share of the true class's images"})
+                          "format": PercentFormatter(1, 0, " %"), "label": "share of the true class"})
     if named:
-        ticks, text = np.arange(classes) + 0.5, {"size": min(12, 0.85 * cell)}
-        axes.set_xticks(ticks, class_names, rotation=90 * turned, **text)
-        axes.set_yticks(ticks, class_names, rotation=0, **text)
-        axes.tick_params(length=0, pad=2)
-        for t, p in np.argwhere(confusion):
-            axes.text(p + 0.5, t + 0.5, confusion[t, p], ha="center", va="center_baseline", in_layout=False,
-                      color="white" if share[t, p] > 0.25 else "black",
-                      size=min(14, 0.75 * cell, 1.4 * cell / len(str(confusion[t, p]))))
+        letters = min(12, 0.85 * cell)
+        turned = 0.6 * letters * max(map(len, class_names)) > cell
+        axes.tick_params("x", length=0, pad=2, labelsize=letters, rotation=90 * turned)
+        axes.tick_params("y", length=0, pad=2, labelsize=letters, rotation=0)
+        axes.hlines(range(classes), 0, classes, color="0.9", lw=0.3)
+        axes.vlines(range(classes), 0, classes, color="0.9", lw=0.3)
     axes.spines[:].set(visible=True, color="0.7")
     axes.set_xlabel("predicted class", size=size)
     axes.set_ylabel("true class", size=size)
-    axes.set_title(f"Confusion matrix, {split} split: {np.trace(confusion)} of {confusion.sum()} images right", size=size,
-                   pad=size)
-    beside.axis("off")
-    beside.set_title("Most confused", loc="left", size=size, pad=size)
-    for row, pair in enumerate(pairs or ["no mistakes"]):
-        beside.text(0, 1 - row / 12, pair, va="top", size=size)
+    right = f"{np.trace(confusion)} of {confusion.sum()} images right"
+    axes.set_title(f"Confusion matrix, {split} split: {right}", size=size, pad=size)
+    axes.text(1.05, 1, "Most confused", transform=axes.transAxes, size=size, va="bottom")
+    pairs = ["\n".join(pair) for pair in most_confused(confusion, class_names)]
+    axes.text(1.05, 0.99, "\n\n".join(pairs) or "no mistakes", transform=axes.transAxes, size=size, va="top")
     return figure
 
 
 def find_mistakes(model, split, probabilities, class_names, run, limit=12):
     """The most confident mistakes on a split, each with its class activation map (Zhou et al., 2016).
 
-    Before the pooling, the evidence for a class is the sum of the feature maps weighted with its row of the head;
-    what all rows share says nothing about the class and is taken out.
+    Before the pooling, the evidence for a class is the sum of the feature maps weighted with its row of the
+    head; what all rows share says nothing about the class and is taken out.
     """
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != split.labels).nonzero().flatten()
-    chosen = wrong[confidence[wrong].argsort(descending=True)[:limit]]
-    part = FrozenPart(model.features, run)
-    with torch.no_grad():
-        maps = [part(split.images[i:i + 1])[0].float() for i in chosen]
-        rows = model.classifier[1].weight - model.classifier[1].weight.mean(0)
-        cams = [torch.einsum("chw,c->hw", m, rows[predicted[i]]).cpu().numpy() for m, i in zip(maps, chosen)]
-    return [{"image": split.images[i].numpy(), "cam": cam, "true": class_names[split.labels[i]],
-             "predicted": class_names[predicted[i]], "p_true": probabilities[i, split.labels[i]].item(),
-             "p_predicted": confidence[i].item()} for i, cam in zip(chosen.tolist(), cams)]
+    chosen = wrong[confidence[wrong].argsort(descending=True)[:limit]].tolist()
+    part, rows = FrozenPart(model.features, run), model.classifier[1].weight.detach()
+    rows, mistakes = rows - rows.mean(0), []
+    for i in chosen:
+        cam = torch.einsum("chw,c->hw", part(split.images[i:i + 1])[0].float(), rows[predicted[i]])
+        mistakes.append({"image": split.images[i].numpy(), "cam": cam.cpu().numpy(),
+                         "true": class_names[split.labels[i]], "predicted": class_names[predicted[i]],
+                         "p_true": probabilities[i, split.labels[i]].item(),
+                         "p_predicted": confidence[i].item()})
+    return mistakes
 
 
 def plot_mistakes(mistakes, split, wrong, count):
-    """Photograph and activation map of each of `mistakes` (see find_mistakes), of `wrong` in `count` images."""
+    """Photograph and activation map of each of find_mistakes' finds, of `wrong` in `count` images."""
     rows = max(1, -(-len(mistakes) // 4))
     columns = max(1, -(-len(mistakes) // rows))
     width = max(3.6, 6 / columns)  # inches; 3.6 hold a name of 27 letters
@@ -983,9 +921,10 @@ def plot_mistakes(mistakes, split, wrong, count):
     figure.subplots(rows, columns, subplot_kw={"anchor": "N", "frame_on": False, "xticks": [], "yticks": []})
     for axes, m in zip(figure.axes, mistakes):
         photo, cam = m["image"] / 255, (m["cam"] - m["cam"].min()) / max(np.ptp(m["cam"]), 1e-9)
-        cam = np.asarray(Image.fromarray(cam.astype(np.float32)).resize(photo.shape[1::-1], Image.BICUBIC)).clip(0, 1)
+        cam = Image.fromarray(cam.astype(np.float32)).resize(photo.shape[1::-1], Image.BICUBIC)
+        cam = np.asarray(cam).clip(0, 1)[..., None]
         # On the grey photograph all colour is the map's, whatever the colour of the flower.
-        heat, alpha = sns.color_palette("inferno", as_cmap=True)(cam)[..., :3], 0.25 + 0.4 * cam[..., None]
+        heat, alpha = sns.color_palette("inferno", as_cmap=True)(cam[..., 0])[..., :3], 0.25 + 0.4 * cam
         heat = alpha * heat + (1 - alpha) * photo.mean(2, keepdims=True)
         axes.imshow(np.hstack([photo, np.ones_like(photo[:, ::50]), heat]))
         axes.set_title(f"is {m['true']} ({100 * m['p_true']:.0f} %)\ntaken for {m['predicted']} "
@@ -997,7 +936,7 @@ def plot_mistakes(mistakes, split, wrong, count):
 def png_bytes(figure, dpi=150):
     """`figure` as PNG; 32 levels per colour channel look the same and halve the weight of photographs."""
     drawn, light = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
     Image.open(drawn).convert("RGB").point(lambda level: level // 8 * 255 // 31).save(light, "png")
     return light.getvalue()
 
@@ -1006,52 +945,47 @@ def summary(split, figures):
     """The figures of one split in two lines."""
     low, high = figures["wilson_95"]
     return (f"{split:10} accuracy {100 * figures['accuracy']:.2f} % (95 % Wilson interval {100 * low:.1f} to "
-            f"{100 * high:.1f}), macro-F1 {figures['macro_f1']:.4f}, balanced {100 * figures['balanced_accuracy']:.2f} %,\n"
-            f"{'':10} top-5 {100 * figures['top5_accuracy']:.2f} %, log loss {figures['log_loss']:.4f}, expected "
+            f"{100 * high:.1f}), macro-F1 {figures['macro_f1']:.4f}, "
+            f"balanced {100 * figures['balanced_accuracy']:.2f} %,\n{'':10} "
+            f"top-5 {100 * figures['top5_accuracy']:.2f} %, log loss {figures['log_loss']:.4f}, expected "
             f"calibration error {figures['expected_calibration_error']:.4f}, {figures['images']} images")
 
 
-def csv_text(rows):
-    """Dicts with the same keys as CSV, header first."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def report(model, data, history, run):
-    """Evaluate the best checkpoint on EVAL_SPLITS and write all figures and tables; the pictures show the first."""
+    """Evaluate the best checkpoint on EVAL_SPLITS and write all figures; the pictures show the first."""
     cfg, names, best = run.cfg, data.class_names, best_epoch(history)
     model.load_state_dict(load_checkpoint(run.file("best.pth"))["model"])
     frozen, blocks = split_model(model.eval(), cfg.unfreeze_last_blocks)
-    figures, text, rows = {}, "", []
+    figures, text, rows, classes = {}, "", [], range(len(names))
     for name in cfg.eval_splits:
         split, activations = data.splits[name], cache_activations(frozen, name, data, run)[0]
         probabilities = predict_logits(blocks, model.classifier, activations, run).softmax(1)
         values, likeliest = probabilities.topk(min(5, len(names)))
-        confusion = confusion_matrix(split.labels, likeliest[:, 0], labels=range(len(names)))
-        figures[name] = measure(probabilities, split.labels)
-        table = classification_report(split.labels, likeliest[:, 0], labels=range(len(names)), target_names=names,
-                                      digits=3, zero_division=0)
-        f1 = f1_score(split.labels, likeliest[:, 0], labels=range(len(names)), average=None, zero_division=0)
+        labels, predicted = split.labels, likeliest[:, 0]
+        confusion = confusion_matrix(labels, predicted, labels=classes)
+        figures[name] = measure(probabilities, labels)
+        table = classification_report(labels, predicted, labels=classes, target_names=names, digits=3,
+                                      zero_division=0)
+        f1 = f1_score(labels, predicted, labels=classes, average=None, zero_division=0)
         worst = "\n".join(f"  {names[i]} {f1[i]:.3f}" for i in f1.argsort(kind="stable")[:10])
         pairs = "\n".join("  " + " ".join(pair) for pair in most_confused(confusion, names))
-        text += f"{summary(name, figures[name])}\n\nlowest F1\n{worst}\n\nmost confused\n{pairs}\n\n{table}\n\n"
-        rows += [{"file": os.path.relpath(path, cfg.data_dir), "split": name, "true": names[label],
-                  "predicted": names[best_five[0]], "probability": f"{value:.4f}",
-                  "top5": "; ".join(names[i] for i in best_five)} for path, label, value, best_five
-                 in zip(split.paths, split.labels.tolist(), values[:, 0].tolist(), likeliest.tolist())]
+        parts = summary(name, figures[name]), f"lowest F1\n{worst}", f"most confused\n{pairs}", f"{table}\n\n"
+        text += "\n\n".join(parts)
+        for path, label, value, five in zip(split.paths, labels, values[:, 0], likeliest):
+            rows.append({"file": os.path.relpath(path, cfg.data_dir), "split": name, "true": names[label],
+                         "predicted": names[five[0]], "probability": f"{value:.4f}",
+                         "top5": "; ".join(names[i] for i in five)})
         if name == cfg.eval_splits[0]:
             mistakes = find_mistakes(model, split, probabilities, names, run)
-            count, wrong = len(split.labels), len(split.labels) - np.trace(confusion)
-            write_file(run.file("mistakes.png"), png_bytes(plot_mistakes(mistakes, name, wrong, count), dpi=100))
-            write_file(run.file("confusion_matrix.png"), png_bytes(plot_confusion_matrix(confusion, names, name)))
+            mistakes = plot_mistakes(mistakes, name, len(labels) - np.trace(confusion), len(labels))
+            write_file(run.file("mistakes.png"), png_bytes(mistakes, dpi=100))
+            matrix = plot_confusion_matrix(confusion, names, name)
+            write_file(run.file("confusion_matrix.png"), png_bytes(matrix))
     write_file(run.file("loss.png"), png_bytes(plot_curves(history, "loss", "Cross-entropy loss")))
     write_file(run.file("acc.png"), png_bytes(plot_curves(history, "acc", "Accuracy (%)")))
     write_file(run.file("report.txt"), text)
-    write_file(run.file("history.csv"), csv_text(history))
-    write_file(run.file("predictions.csv"), csv_text(rows))
+    write_file(run.file("history.csv"), pd.DataFrame(history).to_csv(index=False))
+    write_file(run.file("predictions.csv"), pd.DataFrame(rows).to_csv(index=False))
     metrics = {"best_epoch": best["epoch"], "splits": figures, "seconds": run.seconds}
     write_file(run.file("metrics.json"), json.dumps(metrics, indent=1) + "\n")
     print(f"\nbest       epoch {best['epoch']} of {len(history)}")
@@ -1063,20 +997,21 @@ def report(model, data, history, run):
 
 
 def predict(run):
-    """Print the five likeliest classes of each image in the files and folders of --predict; returns the exit code."""
-    paths = []
+    """Print the five likeliest classes of each image that --predict names or holds; returns the exit code."""
+    paths, failed = [], False
     for path in map(Path, run.cfg.predict):
         inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
         if not path.exists() or path.is_dir() and not inside:
-            raise UserError(f"{path} {'has no images' if path.exists() else 'does not exist'}: name images or folders")
+            problem = "has no images" if path.exists() else "does not exist"
+            raise UserError(f"{path} {problem}: name images or folders")
         paths += inside if path.is_dir() else [path]
     state = load_checkpoint(Path(run.cfg.checkpoint) if run.cfg.checkpoint else run.file("best.pth"))
-    run.cfg.img_size, names, failed = state["config"]["img_size"], state["class_names"], {}
+    run.cfg.img_size, names = state["config"]["img_size"], state["class_names"]
     model = build_model(len(names), state["model"]).to(run.device)
     features = FrozenPart(nn.Sequential(model.features, GlobalAveragePool()), run)
+    size = inference_batch_size(run)
     for chunk in (paths[start:start + 2048] for start in range(0, len(paths), 2048)):
         images, unreadable = decode(chunk, run.cfg)
-        size = inference_batch_size(run)
         with torch.no_grad():
             pooled = collected(map(features, progress(images.split(size), size, "predicting")), len(chunk))
             values, likeliest = model.classifier(pooled).softmax(1).cpu().topk(min(5, len(names)))
@@ -1085,74 +1020,56 @@ def predict(run):
                 print(f"{path}: cannot be read ({unreadable[path]})", file=sys.stderr)
             else:
                 print(path, *(f"  {100 * value:5.1f} %  {names[i]}" for value, i in zip(*five)), sep="\n")
-        failed |= unreadable
-    return 1 if failed else 0
+        failed = failed or bool(unreadable)
+    return int(failed)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
 
-
-def read_constants():
-    """The constants of the Configuration section by lower-case name: (value, its comment in this very file)."""
-    section = Path(__file__).read_text(encoding="utf-8").split("# ---- Configuration")[1].split("# ---- Run")[0]
-    return {name.lower(): (globals()[name], comment)
-            for name, comment in re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", section, re.MULTILINE)}
-
-
-CONSTANTS = read_constants()
-AT_LEAST_0, AT_LEAST_1 = (lambda v: v >= 0, "0 or more"), (lambda v: v >= 1, "1 or more")
-POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
-CHECKS = {
-    "img_size": (lambda v: len(v) == 2 and 32 <= min(v) and max(v) <= 2048, "two sizes from 32 to 2048"),
-    "views": AT_LEAST_1,
-    "eval_splits": (lambda v: v and set(v) <= {"val", "test"} and len(set(v)) == len(v), "val, test or both"),
-    "num_workers": (lambda v: v >= -1, "-1 or more"),
-    "unfreeze_last_blocks": (lambda v: 0 <= v <= 9, "from 0 to 9"),
-    "head_init": (lambda v: v in ("lda", "random"), "lda or random"),
-    "shrinkage": (lambda v: 0 < v <= 1, "above 0, at most 1"),
-    "folds": (lambda v: v >= 2, "2 or more"),
-    "epochs_stage1": AT_LEAST_0, "lr_stage1": POSITIVE,
-    "epochs_stage2": AT_LEAST_0, "lr_stage2": POSITIVE, "blocks_lr_factor": POSITIVE,
-    "batch_size": AT_LEAST_1, "seed": AT_LEAST_0,
-    "run_name": (lambda v: v not in ("", ".", "..") and Path(v).name == v, "a file name without folders"),
-}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+# The constants of the Configuration section by lower-case name: (value, its comment in this very file).
+SOURCE = Path(__file__).read_text(encoding="utf-8").split("# ---- Configuration")[1].split("# ---- Run")[0]
+CONSTANTS = {name.lower(): (globals()[name], comment)
+             for name, comment in re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SOURCE, re.MULTILINE)}
+CHECKS = (
+    ("img_size", lambda v: len(v) == 2 and 32 <= min(v) and max(v) <= 2048, "two sizes from 32 to 2048"),
+    ("eval_splits", lambda v: sorted(v) in (["test"], ["test", "val"], ["val"]), "val, test or both"),
+    ("num_workers", lambda v: v >= -1, "-1 or more"),
+    ("unfreeze_last_blocks", lambda v: 0 <= v <= 9, "from 0 to 9"),
+    ("head_init", lambda v: v in ("lda", "random"), "lda or random"),
+    ("shrinkage", lambda v: 0 < v <= 1, "above 0, at most 1"),
+    ("folds", lambda v: v >= 2, "2 or more"),
+    ("epochs_stage1 epochs_stage2 seed", lambda v: v >= 0, "0 or more"),
+    ("views batch_size", lambda v: v >= 1, "1 or more"),
+    ("lr_stage1 lr_stage2 blocks_lr_factor", lambda v: 0 < v < math.inf, "a number above 0"),
+    ("run_name", lambda v: v not in ("", ".", "..") and Path(v).name == v, "a file name without folders"),
+)
 
 
 def parse_command_line(argv):
     """The configuration as a namespace: every constant by its lower-case name, and the modes."""
-    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # one line
     parser.add_argument("--demo", action="store_true", help="a run on drawn flowers, without any download")
-    parser.add_argument("--fresh", action="store_true", help="start anew; the files of an earlier run are moved aside")
+    parser.add_argument("--fresh", action="store_true", help="start anew; earlier files are moved aside")
     parser.add_argument("--predict", nargs="+", metavar="PATH", help="name the flowers in images and folders")
-    parser.add_argument("--checkpoint", metavar="FILE", help="with --predict: another than the run's best one")
+    parser.add_argument("--checkpoint", metavar="FILE", help="with --predict: another than the run's best")
     group = parser.add_argument_group("constants")
     for name, (value, comment) in CONSTANTS.items():
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        how = {"default": value, "help": f"{comment.replace('%', '%%')} (default: {shown})"}
+        shown, how = value, {"type": type(value), "metavar": "X"}
         if isinstance(value, bool):
-            how["action"] = argparse.BooleanOptionalAction
+            how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(value, tuple):
-            how |= {"type": type(value[0]), "nargs": "+", "metavar": "X"}
-        else:
-            how |= {"type": type(value), "metavar": "X"}
-        group.add_argument("--" + name.replace("_", "-"), **how)
+            shown, how = " ".join(map(str, value)), {"type": type(value[0]), "nargs": "+", "metavar": "X"}
+        words = f"{comment.replace('%', '%%')} (default: {shown})"
+        group.add_argument("--" + name.replace("_", "-"), default=value, help=words, **how)
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     cfg = parser.parse_args(argv)
-    for name in CONSTANTS:
-        value = getattr(cfg, name)
-        value = tuple(value) if isinstance(value, list) else value
-        setattr(cfg, name, value)
-        valid, words = CHECKS.get(name, (lambda v: True, ""))
-        if not valid(value):
-            parser.error(f"{name.upper()} must be {words}, not {value!r}")
+    cfg.img_size, cfg.eval_splits = tuple(cfg.img_size), tuple(cfg.eval_splits)
+    for names, valid, words in CHECKS:
+        for name in names.split():
+            if not valid(getattr(cfg, name)):
+                parser.error(f"{name.upper()} must be {words}, not {getattr(cfg, name)!r}")
     if cfg.epochs_stage1 + cfg.epochs_stage2 == 0:
         parser.error("EPOCHS_STAGE1 and EPOCHS_STAGE2 must not both be 0")
     if cfg.checkpoint and not cfg.predict:
@@ -1165,11 +1082,12 @@ def choose_device(cfg):
     name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # DETERMINISTIC needs it before CUDA starts
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"no device {name!r} here ({first_line(error)}): set --device to auto or cpu") from None
+        raise UserError(f"no device {name!r} here ({first_line(error)}): set --device auto") from None
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = cfg.deterministic
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
@@ -1180,16 +1098,15 @@ def choose_device(cfg):
 
 
 def prepare_folder(run):
-    """Make OUT_DIR, remove files left unfinished by a killed run, and check that new ones can be written."""
+    """Make OUT_DIR, see that it can be written to, and remove what a killed run left unfinished there."""
     try:
         Path(run.cfg.out_dir).mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
-            run.file(name + ".tmp").unlink(missing_ok=True)
-        run.file("config.json.tmp").touch()
-        run.file("config.json.tmp").unlink()
+            run.file(name + ".tmp").touch()
+            run.file(name + ".tmp").unlink()
     except OSError as error:
-        raise UserError(f"cannot write to the folder {run.cfg.out_dir} ({error.strerror}): set --out-dir to another "
-                        "folder") from None
+        raise UserError(f"cannot write to {run.cfg.out_dir} ({error.strerror}): "
+                        "set --out-dir to another folder") from None
 
 
 def train_and_report(run):
@@ -1198,7 +1115,7 @@ def train_and_report(run):
     prepare_folder(run)
     print(f"device     {run.device}, {str(run.dtype).removeprefix('torch.')}", flush=True)
     if cfg.demo:
-        print("demo       drawn flowers, no pretrained weights: this shows the program, its figures are no result")
+        print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
         draw_demo_images(Path(cfg.data_dir))
     with run.phase("decoding"):
         data = load_data(cfg)
@@ -1206,13 +1123,16 @@ def train_and_report(run):
     print(f"data       {cfg.data_dir}: {len(data.class_names)} classes; images: {sizes}", flush=True)
     pretrained = load_pretrained(cfg.weights)
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(run.device)
-    total, head = (sum(p.numel() for p in part.parameters()) for part in (model, model.classifier))
-    unfrozen = sum(p.numel() for p in model.features[len(model.features) - cfg.unfreeze_last_blocks:].parameters())
-    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters, trained in stage 1 {head:,}, in "
-          f"stage 2 {head + unfrozen:,}\n", flush=True)
+    unfrozen = model.features[len(model.features) - cfg.unfreeze_last_blocks:]
+    total, head, blocks = (sum(p.numel() for p in part.parameters())
+                           for part in (model, model.classifier, unfrozen))
+    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters, trained in stage 1 "
+          f"{head:,}, in stage 2 {head + blocks:,}\n", flush=True)
     config = fingerprint(data, pretrained, run)
+    check_memory(split_model(model, cfg.unfreeze_last_blocks)[0], data, run)
     state = find_state(config, run)
-    write_file(run.file("config.json"), json.dumps({**vars(cfg), **config}, indent=1) + "\n")
+    constants = {name: getattr(cfg, name) for name in CONSTANTS}
+    write_file(run.file("config.json"), json.dumps(constants | config, indent=1) + "\n")
     if state:
         model.load_state_dict(state["model"])
     elif not pretrained:
@@ -1224,25 +1144,19 @@ def train_and_report(run):
     return 0
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM as an exception, so that worker processes are ended on the way out."""
-
-
 def stop(number, _frame):
-    """Signal handler."""
-    raise Stopped(number)
+    """Signal handler: an exception, so that worker processes are ended on the way out."""
+    raise KeyboardInterrupt(number)
 
 
 def main(argv=None):
-    """The program; returns its exit code: 2 for bad input, 1 for a run that failed, 128 + number for a signal."""
+    """The program; returns its exit code: 2 for bad input, 1 for a failed run, 128 + number for a signal."""
     cfg = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         run = Run(cfg, *choose_device(cfg))
         return predict(run) if cfg.predict else train_and_report(run)
-    except UserError as error:
-        code, message = 2, f"error: {error}"
-    except RunError as error:
-        code, message = 1, f"error: {error}"
+    except (UserError, RunError) as error:
+        code, message = 2 if isinstance(error, UserError) else 1, f"error: {error}"
     except (torch.OutOfMemoryError, MemoryError) as error:
         code, message = 1, f"error: out of memory: lower BATCH_SIZE, VIEWS or IMG_SIZE ({first_line(error)})"
     except KeyboardInterrupt as error:
