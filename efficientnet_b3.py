@@ -293,7 +293,7 @@ def draw_demo_images(folder):
         for number in range(12):
             split, label = "train" if number < 8 else "val", f"species {species + 1:03d}"
             (folder / split / label).mkdir(parents=True, exist_ok=True)
-            draw_flower(species, number, 192).save(folder / split / label / f"{number}.png")
+            draw_flower(species, number, 128).save(folder / split / label / f"{number}.png")
 
 
 def draw_flower(species, number, size):
