@@ -43,7 +43,7 @@ from torchvision.datasets import Flowers102, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.models.efficientnet import EfficientNet_B3_Weights, MBConv, efficientnet_b3
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation, StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -364,16 +364,9 @@ def split_model(model, blocks):
     """
     cut = len(model.features) - blocks
     frozen, unfrozen = list(model.features[:cut]), list(model.features[cut:])
-    (unfrozen if blocks else frozen).append(GlobalAveragePool())
+    (unfrozen if blocks else frozen).extend([model.avgpool, nn.Flatten()])
     model.requires_grad_(False)
     return nn.Sequential(*frozen), nn.Sequential(*unfrozen).requires_grad_(True)
-
-
-class GlobalAveragePool(nn.Module):
-    """torchvision's `avgpool` and `flatten` in one: [B, C, H, W] to float32 [B, C]."""
-
-    def forward(self, x):
-        return x.float().mean((2, 3))
 
 
 def start_without_pretraining(model, images, run):
@@ -514,13 +507,10 @@ class Heads(nn.Module):
         self.register_buffer("labels", labels)
         self.register_buffer("folds", folds)
 
-    def forward(self, features):
-        """Logits [FOLDS + 1, B, classes] of features [B, D]."""
-        return torch.einsum("bd,kcd->kbc", features, self.weight) + self.bias[:, None]
-
-    def logits_by(self, heads, features):
-        """Logits [B, classes] of features [B, D], image i by head number `heads[i]`, which does not learn."""
-        return torch.einsum("bd,bcd->bc", features, self.weight.detach()[heads]) + self.bias.detach()[heads]
+    def forward(self, features, learn=True):
+        """Logits [FOLDS + 1, B, classes] of features [B, D]; no gradient for the heads unless they `learn`."""
+        weight, bias = (p if learn else p.detach() for p in (self.weight, self.bias))
+        return torch.einsum("bd,kcd->kbc", features.float(), weight) + bias[:, None]
 
     def seen(self, images):
         """Which head learns from which of `images` (indices [B]): bool [FOLDS + 1, B]."""
@@ -551,8 +541,8 @@ class Heads(nn.Module):
         images = (folds < len(parts) - 1).nonzero().flatten()
         if not len(images):
             return
-        device, judges = self.weight.device, self.folds[images.to(self.weight.device)]
-        logits = torch.cat([self.logits_by(judges, view[images].to(device)) for view in features]).cpu()
+        device, rows = self.weight.device, torch.arange(len(images))
+        logits = torch.cat([self(view[images].to(device)).cpu()[folds[images], rows] for view in features])
         targets = labels[images].repeat(len(features))
         factor = math.exp(minimize_scalar(lambda log: F.cross_entropy(logits * math.exp(log), targets).item(),
                                           bounds=(-10, 5), method="bounded").x)
@@ -600,9 +590,8 @@ def features_of(blocks, activations, run):
 def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch, run):
     """One pass over `activations` [N, ...] in random order: mean loss and accuracy on left-out images."""
     cfg, loss_sum, right = run.cfg, 0.0, 0
-    for module in blocks.train().modules():  # stochastic depth is on
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()  # keeps its pretrained statistics: a batch of 32 would estimate worse ones
+    for module in blocks.modules():  # BatchNorm keeps its statistics: a batch of 32 would estimate worse ones
+        module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, epoch))  # an epoch is the same after an interruption
     batches = torch.randperm(len(activations)).to(run.device).split(cfg.batch_size)
     for number, images in enumerate(progress(batches, cfg.batch_size, f"epoch {epoch}"), 1):
@@ -611,12 +600,12 @@ def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch,
         features = features_of(blocks, activations[images], run)
         targets, seen = heads.labels[images], heads.seen(images)
         judges = heads.folds[images] if cfg.cross_fit else torch.full_like(images, cfg.folds)
-        logits = heads.logits_by(judges, features)
+        logits = heads(features, learn=False)[judges, torch.arange(len(images))]
         loss = F.cross_entropy(logits, targets)
         logits_of_heads, targets_of_heads = heads(features.detach())[seen], targets.expand_as(seen)[seen]
         loss_of_heads = F.cross_entropy(logits_of_heads, targets_of_heads, reduction="sum")
         if not torch.isfinite(loss + loss_of_heads):
-            raise RunError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower LR_STAGE"
+            raise RunError(f"the loss is {(loss + loss_of_heads).item()} in epoch {epoch}, batch {number}: lower LR_STAGE"
                            f"{stage.number} or set AMP to False; the checkpoints of earlier epochs are whole")
         optimizer.zero_grad()
         scaler.scale(loss + loss_of_heads / len(images)).backward()
@@ -1008,13 +997,13 @@ def predict(run):
     state = load_checkpoint(Path(run.cfg.checkpoint) if run.cfg.checkpoint else run.file("best.pth"))
     run.cfg.img_size, names = state["config"]["img_size"], state["class_names"]
     model = build_model(len(names), state["model"]).to(run.device)
-    features = FrozenPart(nn.Sequential(model.features, GlobalAveragePool()), run)
+    features = FrozenPart(nn.Sequential(model.features, model.avgpool, nn.Flatten()), run)
     size = inference_batch_size(run)
     for chunk in (paths[start:start + 2048] for start in range(0, len(paths), 2048)):
         images, unreadable = decode(chunk, run.cfg)
         with torch.no_grad():
             pooled = collected(map(features, progress(images.split(size), size, "predicting")), len(chunk))
-            values, likeliest = model.classifier(pooled).softmax(1).cpu().topk(min(5, len(names)))
+            values, likeliest = model.classifier(pooled.float()).softmax(1).cpu().topk(min(5, len(names)))
         for path, *five in zip(chunk, values.tolist(), likeliest.tolist()):
             if path in unreadable:
                 print(f"{path}: cannot be read ({unreadable[path]})", file=sys.stderr)
