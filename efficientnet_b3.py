@@ -502,64 +502,54 @@ class Heads(nn.Module):
         for members in (order[labels[order] == label] for label in labels.unique()):
             if len(members) > 1:
                 folds[members] = torch.arange(len(members)) % cfg.folds
+        seen = folds != torch.arange(cfg.folds + 1)[:, None]  # [FOLDS + 1, N]: which head learns from which image
+        seen[-1] = True
+        for name, tensor in (("labels", labels), ("folds", folds), ("seen", seen)):
+            self.register_buffer(name, tensor, persistent=False)
         self.weight = nn.Parameter(linear.weight.detach().cpu().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().cpu().repeat(cfg.folds + 1, 1))
-        self.register_buffer("labels", labels)
-        self.register_buffer("folds", folds)
 
     def forward(self, features, learn=True):
         """Logits [FOLDS + 1, B, classes] of features [B, D]; no gradient for the heads unless they `learn`."""
         weight, bias = (p if learn else p.detach() for p in (self.weight, self.bias))
         return torch.einsum("bd,kcd->kbc", features.float(), weight) + bias[:, None]
 
-    def seen(self, images):
-        """Which head learns from which of `images` (indices [B]): bool [FOLDS + 1, B]."""
-        seen = self.folds[images] != torch.arange(len(self.weight), device=images.device)[:, None]
-        seen[-1] = True
-        return seen
-
     @torch.no_grad()
     def solve(self, features, shrinkage):
         """Set all heads in closed form from features [views, N, D]: discriminant analysis and a temperature.
 
-        The weights are those of scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...), but
-        sums that the heads share are taken once, which is many times faster. They come too confident: all
-        logits are scaled by the one factor that gives the lowest cross-entropy on left-out images.
+        Discriminant analysis is too confident: all logits are scaled by the one factor that gives the lowest
+        cross-entropy on left-out images.
         """
-        features, labels, folds = features.cpu(), self.labels.cpu(), self.folds.cpu()
-        parts = []  # by fold, the sums that the analysis needs
-        for fold in range(len(self.weight)):
-            x = features[:, folds == fold].flatten(0, 1).double()
-            y = labels[folds == fold].repeat(len(features))
-            sums = torch.zeros(self.weight.shape[1:], dtype=x.dtype).index_add(0, y, x)
-            parts.append((x.T @ x, sums, y.bincount(minlength=len(sums))))
-        totals = [sum(part) for part in zip(*parts)]
-        parts[-1] = 0, 0, 0  # the last head leaves nothing out
-        for head, part in enumerate(parts):
-            kept = [total - left_out for total, left_out in zip(totals, part)]
-            self.weight[head], self.bias[head] = discriminant(*kept, shrinkage)
-        images = (folds < len(parts) - 1).nonzero().flatten()
+        views, classes = len(features), self.weight.shape[1]
+        for head, seen in enumerate(self.seen):
+            kept, labels = features[:, seen].flatten(0, 1).float(), self.labels[seen].repeat(views)
+            self.weight[head], self.bias[head] = discriminant(kept, labels, classes, shrinkage)
+        images = (self.folds < len(self.seen) - 1).nonzero().flatten()
         if not len(images):
             return
-        device, rows = self.weight.device, torch.arange(len(images))
-        logits = torch.cat([self(view[images].to(device)).cpu()[folds[images], rows] for view in features])
-        targets = labels[images].repeat(len(features))
+        judges, rows = self.folds[images], torch.arange(len(images))
+        logits = torch.cat([self(view[images])[judges, rows] for view in features]).cpu()
+        targets = self.labels[images].repeat(views).cpu()
         factor = math.exp(minimize_scalar(lambda log: F.cross_entropy(logits * math.exp(log), targets).item(),
                                           bounds=(-10, 5), method="bounded").x)
         self.weight.mul_(factor)
         self.bias.mul_(factor)
 
 
-def discriminant(products, sums, counts, shrinkage):
-    """Weights [classes, D] and bias [classes] of linear discriminant analysis with a shrunk covariance.
+def discriminant(features, labels, classes, shrinkage):
+    """Linear discriminant analysis with a shrunk covariance: weights [classes, D] and bias [classes].
 
-    Of features x: the sum of x x^T [D, D], by class the sum of x [classes, D] and the number of x [classes].
+    The same as scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...), which takes one
+    covariance per class and so is many times slower. `features` are float32 [N, D], `labels` int64 [N].
     """
-    means, priors = sums / counts[:, None], counts / counts.sum()
-    covariance = products / counts.sum() - means.T @ (priors[:, None] * means)
-    alike = covariance.trace() / len(covariance) * torch.eye(len(covariance), dtype=covariance.dtype)
+    counts = labels.bincount(minlength=classes)[:, None]
+    means = features.new_zeros(classes, features.shape[1]).index_add(0, labels, features) / counts
+    within = features - means[labels]
+    covariance, means = (within.T @ within / len(features)).cpu().double(), means.cpu().double()
+    alike = covariance.diagonal().mean() * torch.eye(len(covariance))
     weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * alike, means.T).T
-    return weight, priors.log() - (weight * means).sum(1) / 2
+    return weight, (counts / counts.sum()).log()[:, 0].cpu() - (weight * means).sum(1) / 2
 
 
 # ---- Training --------------------------------------------------------------------------------------------
@@ -598,7 +588,7 @@ def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch,
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(stage, epoch - 1 + number / len(batches))
         features = features_of(blocks, activations[images], run)
-        targets, seen = heads.labels[images], heads.seen(images)
+        targets, seen = heads.labels[images], heads.seen[:, images]
         judges = heads.folds[images] if cfg.cross_fit else torch.full_like(images, cfg.folds)
         logits = heads(features, learn=False)[judges, torch.arange(len(images))]
         loss = F.cross_entropy(logits, targets)

@@ -86,7 +86,7 @@ def test_solved_heads_are_linear_discriminant_analysis_without_their_fold(option
 def test_no_head_learns_from_its_fold_and_a_single_image_is_in_none(options):
     labels = torch.tensor([0] * 6 + [1])
     heads = program.Heads(labels, torch.nn.Linear(4, 2), settings(options).cfg)
-    seen = heads.seen(torch.arange(7))
+    seen = heads.seen
     assert seen[-1].all() and seen[:, 6].all()
     assert (seen[:-1, :6].sum(0) == 1).all()  # of two heads, each image is left out by one
 
