@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -96,7 +97,7 @@ class RunError(Exception):
 
 @dataclass
 class Run:
-    """Configuration, device, precision of inference and autocast, cached activations, seconds per phase."""
+    """Constants, device, precision of inference and autocast, cached activations, seconds per phase."""
 
     cfg: argparse.Namespace
     device: torch.device
@@ -107,6 +108,11 @@ class Run:
     def file(self, suffix):
         """The path of a file of the run, say of "best.pth"."""
         return Path(self.cfg.out_dir) / f"{self.cfg.run_name}_{suffix}"
+
+    @property
+    def inference_batch_size(self):
+        """Images per pass: few enough for a processor's cache, enough to fill a GPU."""
+        return 4 if self.device.type == "cpu" else 128
 
     @contextmanager
     def phase(self, name):
@@ -122,9 +128,9 @@ def listing(items, limit=3):
     return ", ".join(map(str, items[:limit])) + more
 
 
-def first_line(error):
+def one_line(error):
     """An exception in one short line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def progress(batches, batch_size, description):
@@ -160,44 +166,41 @@ def make_transforms(img_size):
 def find_own_images(folder, names):
     """Class names and {split: (paths, labels)} of folder/train, folder/val, ...: one sub-folder per class."""
     try:
-        found = {name: ImageFolder(folder / name, allow_empty=True) for name in names}
+        found = {name: ImageFolder(folder / name) for name in names}
     except OSError as error:
-        raise UserError(f"{folder} needs the folders {', '.join(names)} with one sub-folder per class "
-                        f"({first_line(error)}); --eval-splits val does without test") from None
+        raise UserError(f"{folder} needs the folders {', '.join(names)}, each with one sub-folder of images "
+                        f"per class ({one_line(error)}); --eval-splits val does without test") from None
     class_names = found["train"].classes
     for name, files in found.items():
-        odd = sorted(set(files.classes) ^ set(class_names))
-        empty = [label for index, label in enumerate(class_names) if index not in files.targets]
-        if odd or not files.targets or len(class_names) < 2 or (empty and name == "train"):
-            raise UserError(f"{folder / name} needs images of two or more classes, the same as in train; "
-                            f"not in both: {listing(odd) or 'none'}; empty: {listing(empty) or 'none'}")
+        if files.classes != class_names or len(class_names) < 2:
+            odd = sorted(set(files.classes) ^ set(class_names)) or class_names
+            raise UserError(f"{folder / name} needs two or more classes, the same as in train; not so: "
+                            f"{listing(odd)}")
     return class_names, {name: ([Path(path) for path, _ in files.samples], files.targets)
                          for name, files in found.items()}
 
 
-def find_flowers102(folder, names):
-    """Class names and {split: (paths, labels)} of Flowers-102 (Nilsback & Zisserman, 2008)."""
+def find_flowers102(folder, names, extract=False):
+    """Class names and {split: (paths, labels)} of Flowers-102 (Nilsback & Zisserman, 2008).
+
+    What is missing is downloaded; `extract` unpacks all images again, as after an interrupted extraction.
+    """
     base, missing = folder / "flowers-102", [folder / "flowers-102" / "jpg"]
     try:
         Flowers102(folder, download=True)
         found = {name: Flowers102(folder, name) for name in names}
         missing = [path for files in found.values() for path in files._image_files if not path.exists()]
-        if missing:
-            extract_flowers102(folder)
+        if missing or extract:
+            archive, md5 = Flowers102._file_dict["image"]
+            download_and_extract_archive(Flowers102._download_url_prefix + archive, str(base), md5=md5)
     except (OSError, RuntimeError) as error:
         wrong = [base / name for name, md5 in Flowers102._file_dict.values()
                  if (base / name).exists() and not check_integrity(base / name, md5)]
         state = f"damaged: {listing(wrong)}" if wrong else f"missing: {listing(missing)}"
-        raise UserError(f"Flowers-102 is not whole ({state}) and the download failed ({first_line(error)}): "
+        raise UserError(f"Flowers-102 is not whole ({state}) and cannot be downloaded ({one_line(error)}): "
                         "connect to the network, set --data-dir, or try --demo, which needs no download; "
                         "--eval-splits val does without the test split") from None
     return Flowers102.classes, {name: (files._image_files, files._labels) for name, files in found.items()}
-
-
-def extract_flowers102(folder):
-    """Unpack the images once more, downloading the archive unless it lies there whole."""
-    name, md5 = Flowers102._file_dict["image"]
-    download_and_extract_archive(Flowers102._download_url_prefix + name, str(folder / "flowers-102"), md5=md5)
 
 
 def load_image(path):
@@ -219,7 +222,7 @@ def load_images(paths, img_size):
         try:
             image.copy_(torch.from_numpy(np.array(make_transforms(img_size).resize(load_image(path)))))
         except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
-            unreadable[path] = first_line(error)
+            unreadable[path] = one_line(error)
     return images, unreadable
 
 
@@ -263,16 +266,16 @@ def decode(paths, cfg):
 def load_data(cfg):
     """All images and labels that the run uses, decoded before any training: none can fail the run later."""
     folder, names = Path(cfg.data_dir), ["train", "val"] + ["test"] * ("test" in cfg.eval_splits)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: set --data-dir to a folder")
     own = (folder / "train").is_dir()
     class_names, found = (find_own_images if own else find_flowers102)(folder, names)
     paths = [path for split_paths, _ in found.values() for path in split_paths]
     images, unreadable = decode(paths, cfg)
-    if unreadable and not own:  # as an interrupted extraction leaves them
-        try:
-            extract_flowers102(folder)
+    if unreadable and not own:
+        with suppress(UserError):  # no network and no archive: the files are named below
+            find_flowers102(folder, names, extract=True)
             images, unreadable = decode(paths, cfg)
-        except (OSError, RuntimeError):
-            pass  # no network and no archive: the files are named below
     if unreadable:
         files = listing([f"{path} ({error})" for path, error in unreadable.items()])
         raise UserError(f"cannot read {files}: put whole images in their place and run again")
@@ -291,34 +294,33 @@ def draw_demo_images(folder):
     """Draw 12 pictures of each of 102 species, 8 to train on and 4 to test, as own images would lie there."""
     for species in progress(range(102), 12, "drawing"):
         for number in range(12):
-            split, label = "train" if number < 8 else "val", f"species {species + 1:03d}"
-            (folder / split / label).mkdir(parents=True, exist_ok=True)
-            draw_flower(species, number, 128).save(folder / split / label / f"{number}.png")
+            path = folder / ("train" if number < 8 else "val") / f"species {species + 1:03d}"
+            path.mkdir(parents=True, exist_ok=True)
+            draw_flower(species, number).save(path / f"{number}.png")
 
 
-def draw_flower(species, number, size):
+def draw_flower(species, number, size=96):
     """A PIL image of `size` pixels: the species decides the flower's look, the number its pose and light."""
     look, pose = np.random.default_rng(species), np.random.default_rng((species, number))
-    petals, depth, tip = look.choice([4, 5, 6, 8, 12]), look.uniform(0.3, 0.75), look.uniform(0.3, 1.2)
-    core, soft = look.uniform(0.15, 0.35), look.uniform(0.3, 1)
+    petals, depth, core = look.choice([4, 5, 6, 8, 12]), look.uniform(0.3, 0.75), look.uniform(0.15, 0.35)
     hue = 0.52 + 0.64 * (species * 0.618034 % 1)  # golden steps, leaving out green, which would not stand out
-    petal, throat, disc, ground = hsv_to_rgb([
-        (hue % 1, soft, look.uniform(0.75, 1)), (look.uniform(), 0.7, look.uniform(0.4, 1)),
-        (0.13, 0.9, look.uniform(0.25, 0.95)), (look.uniform(0.2, 0.4), 0.5, look.uniform(0.2, 0.5))])
+    petal, throat, disc = hsv_to_rgb([
+        (hue % 1, look.uniform(0.3, 1), look.uniform(0.75, 1)),
+        (look.uniform(), 0.7, look.uniform(0.4, 1)), (0.13, 0.9, look.uniform(0.25, 1))])
     # Of each pixel, the distance from the flower's middle and the angle around it.
-    y, x = np.mgrid[:size, :size] / size - pose.uniform(0.42, 0.58, (2, 1, 1))
+    y, x = np.mgrid[:size, :size, :1] / size - pose.uniform(0.42, 0.58, (2, 1, 1, 1))
     distance = np.hypot(x, y) / pose.uniform(0.34, 0.45)
     angle = np.arctan2(y, x) + pose.uniform(0, 2 * math.pi)
     wave = np.abs(np.cos(petals / 2 * angle))  # 1 along the middle of a petal, 0 between two
-    reach = (distance / (1 - depth + depth * wave**tip))[..., None]  # 1 at the petals' edge
-    leaves = Image.fromarray(pose.integers(80, 190, (7, 7, 3), np.uint8)).resize((size, size))
-    seeds = 0.8 + 0.3 * np.sin(70 * distance) * np.sin(3 * petals * angle)
+    reach = distance / (1 - depth + depth * wave)  # 1 at the petals' edge
     petal = petal + (throat - petal) * np.clip(1.1 - 1.4 * reach, 0, 1)
-    petal = petal * (0.75 + 0.25 * wave[..., None]) * np.where(reach > 0.94, 0.7, 1)  # folds and a dark rim
-    picture = np.where(reach < 1, petal, ground * np.array(leaves) / 128)
-    picture = np.where(distance[..., None] < core, disc * seeds[..., None], picture)
-    light = pose.uniform(0.9, 1.1) - 0.3 * (x + y)[..., None]  # from the upper left
-    return Image.fromarray((255 * picture * light).clip(0, 255).astype(np.uint8))
+    petal = petal * (0.75 + 0.25 * wave) * np.where(reach > 0.94, 0.7, 1)  # folds and a dark rim
+    leaves = pose.integers((20, 50, 10), (90, 130, 60), (7, 7, 3)).astype(np.uint8)
+    picture = np.where(reach < 1, petal, np.array(Image.fromarray(leaves).resize((size, size))) / 255)
+    seeds = disc * (0.8 + 0.3 * np.sin(70 * distance) * np.sin(3 * petals * angle))
+    light = pose.uniform(0.9, 1.1) - 0.3 * (x + y)  # from the upper left
+    picture = np.where(distance < core, seeds, picture) * light
+    return Image.fromarray((255 * picture).clip(0, 255).astype(np.uint8))
 
 
 # ---- Model -----------------------------------------------------------------------------------------------
@@ -328,17 +330,16 @@ def build_model(num_classes, state=None, seed=0):
     """torchvision's EfficientNet-B3 in eval mode; `state`: weights, perhaps without a classifier."""
     torch.manual_seed(seed)
     model = efficientnet_b3(num_classes=num_classes).eval()
-    if state is not None:
-        missing, foreign = model.load_state_dict(state, strict=False)
-        odd = foreign + [key for key in missing if not key.startswith("classifier.")]
-        if odd:
-            raise ValueError(f"missing or foreign keys: {listing(odd)}")
+    missing, foreign = model.load_state_dict(state, strict=False) if state else ((), [])
+    odd = foreign + [key for key in missing if not key.startswith("classifier.")]
+    if odd:
+        raise ValueError(f"missing or foreign keys: {listing(odd)}")
     return model
 
 
 def load_pretrained(weights):
     """The backbone's state dict that WEIGHTS names, without a classifier, or None for random weights."""
-    if weights == "none":
+    if weights in ("none", None):
         return None
     try:
         if weights == "IMAGENET1K_V1":
@@ -350,14 +351,14 @@ def load_pretrained(weights):
         build_model(2, state)
         return state
     except OSError as error:
-        raise UserError(f"cannot get the weights {weights} ({first_line(error)}): connect to the network, "
+        raise UserError(f"cannot get the weights {weights} ({one_line(error)}): connect to the network, "
                         "set --weights to an existing file or to none, or try --demo") from None
     except Exception as error:  # whatever a foreign file makes of the unpickler
-        raise UserError(f"{weights} is no state dict of EfficientNet-B3 ({first_line(error)})") from None
+        raise UserError(f"{weights} is no state dict of EfficientNet-B3 ({one_line(error)})") from None
 
 
 def split_model(model, blocks):
-    """The frozen and the unfrozen layers of `model.features` where its last `blocks` blocks are unfrozen.
+    """The frozen and the unfrozen layers up to the pooled features, where the last `blocks` are unfrozen.
 
     Both are sequences of the model's own layers: training the one trains the model. The pooling ends the
     unfrozen sequence, or, where no block is unfrozen, the frozen one.
@@ -375,20 +376,20 @@ def start_without_pretraining(model, images, run):
     Zero-initialised residual branches (Goyal et al., 2017) and a bias that keeps SiLU in its near-linear
     range let colour and shape through 26 random layers, which would otherwise scramble them.
     """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in model.features.modules():
         if isinstance(module, Conv2dNormActivation) and len(module) == 3:
             nn.init.ones_(module[1].bias)
         if isinstance(module, MBConv) and module.use_res_connect:
             nn.init.zeros_(module.block[-1][1].weight)
-    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for layer in layers:
-        layer.train().momentum = None  # cumulative: the mean over all batches
+    for norm in norms:
+        norm.train().momentum = None  # cumulative: the mean over all batches
     order, normalize = torch.randperm(len(images))[:1024], make_transforms(run.cfg.img_size).normalize
     with torch.no_grad():
         for batch in progress(order.split(64), 64, "BatchNorm statistics"):
             model.features(normalize(images[batch].to(run.device).permute(0, 3, 1, 2)))
-    for layer in layers:
-        layer.eval().momentum = 0.1
+    for norm in norms:
+        norm.eval().momentum = 0.1
 
 
 # ---- Frozen activations ----------------------------------------------------------------------------------
@@ -431,21 +432,20 @@ def cache_activations(frozen, split, data, run, augment=False):
 
     Returns activations [views, N, C, h, w] ([views, N, C] after pooling). A second call costs nothing.
     """
-    if split in run.activations:
-        return run.activations[split]
-    images, size, part = data.splits[split].images, inference_batch_size(run), FrozenPart(frozen, run)
-    views, on_cpu = AugmentedViews(images, run.cfg) if augment else images, run.device.type == "cpu"
-    # A GPU is fed by all processes; processors are busiest when each one takes its batches all the way.
-    batches = batches_of(views, size, run.cfg, collate=part if on_cpu else torch.stack)
-    with run.phase(f"frozen part, {split}"):
-        batches = progress(batches, size, f"frozen part, {split}")
-        outputs = collected(batches if on_cpu else map(part, batches), len(views))
+    if split not in run.activations:
+        images, size, part = data.splits[split].images, run.inference_batch_size, FrozenPart(frozen, run)
+        views, on_cpu = AugmentedViews(images, run.cfg) if augment else images, run.device.type == "cpu"
+        # A GPU is fed by all processes; processors are busiest when each one takes its batches all the way.
+        batches = batches_of(views, size, run.cfg, collate=part if on_cpu else torch.stack)
+        with run.phase(f"frozen part, {split}"):
+            batches = progress(batches, size, f"frozen part, {split}")
+            outputs = collected(batches if on_cpu else map(part, batches), len(views))
         run.activations[split] = outputs.unflatten(0, (-1, len(images)))
     return run.activations[split]
 
 
 def collected(batches, count):
-    """One tensor [count, ...] of all batches of an iterable."""
+    """One tensor [count, ...] of all batches of an iterable, without holding them twice."""
     outputs, start = None, 0
     for batch in batches:
         outputs = batch.new_empty((count, *batch.shape[1:])) if outputs is None else outputs
@@ -459,14 +459,9 @@ def pass_through(layers, activations, run):
     """Send cached activations [views, N, ...] on through further layers, as they are now."""
     if not len(layers):
         return activations
-    views, count = activations.shape[:2]
-    batches = activations.flatten(0, 1).split(4 * inference_batch_size(run))
-    return collected(map(fast_copy(layers, run), batches), views * count).unflatten(0, (views, count))
-
-
-def inference_batch_size(run):
-    """Images per pass: few enough for a processor's cache, enough to fill a GPU."""
-    return 4 if run.device.type == "cpu" else 128
+    batches = activations.flatten(0, 1).split(4 * run.inference_batch_size)
+    outputs = collected(map(fast_copy(layers, run), batches), activations.shape[:2].numel())
+    return outputs.unflatten(0, activations.shape[:2])
 
 
 def check_memory(frozen, data, run):
@@ -502,7 +497,7 @@ class Heads(nn.Module):
         for members in (order[labels[order] == label] for label in labels.unique()):
             if len(members) > 1:
                 folds[members] = torch.arange(len(members)) % cfg.folds
-        seen = folds != torch.arange(cfg.folds + 1)[:, None]  # [FOLDS + 1, N]: which head learns from which image
+        seen = folds != torch.arange(cfg.folds + 1)[:, None]  # which head (row) learns from which image
         seen[-1] = True
         for name, tensor in (("labels", labels), ("folds", folds), ("seen", seen)):
             self.register_buffer(name, tensor, persistent=False)
@@ -510,7 +505,7 @@ class Heads(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().cpu().repeat(cfg.folds + 1, 1))
 
     def forward(self, features, learn=True):
-        """Logits [FOLDS + 1, B, classes] of features [B, D]; no gradient for the heads unless they `learn`."""
+        """Logits [FOLDS + 1, B, classes] of features [B, D]; the heads get a gradient if they `learn`."""
         weight, bias = (p if learn else p.detach() for p in (self.weight, self.bias))
         return torch.einsum("bd,kcd->kbc", features.float(), weight) + bias[:, None]
 
@@ -593,12 +588,12 @@ def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch,
         logits = heads(features, learn=False)[judges, torch.arange(len(images))]
         loss = F.cross_entropy(logits, targets)
         logits_of_heads, targets_of_heads = heads(features.detach())[seen], targets.expand_as(seen)[seen]
-        loss_of_heads = F.cross_entropy(logits_of_heads, targets_of_heads, reduction="sum")
+        loss_of_heads = F.cross_entropy(logits_of_heads, targets_of_heads, reduction="sum") / len(images)
         if not torch.isfinite(loss + loss_of_heads):
-            raise RunError(f"the loss is {(loss + loss_of_heads).item()} in epoch {epoch}, batch {number}: lower LR_STAGE"
-                           f"{stage.number} or set AMP to False; the checkpoints of earlier epochs are whole")
+            raise RunError(f"the loss is {(loss + loss_of_heads).item()} in epoch {epoch}, batch {number}: "
+                           f"lower LR_STAGE{stage.number} or set AMP to False; earlier epochs are saved")
         optimizer.zero_grad()
-        scaler.scale(loss + loss_of_heads / len(images)).backward()
+        scaler.scale(loss + loss_of_heads).backward()
         scaler.step(optimizer)
         scaler.update()
         loss_sum += loss.item() * len(images)
@@ -613,6 +608,7 @@ def predict_logits(blocks, head, activations, run):
     return torch.cat([head(features_of(blocks, batch, run)) for batch in activations.split(32)]).cpu()
 
 
+@torch.no_grad()
 def refit(heads, blocks, activations, run):
     """Solve the heads on the features of the fine-tuned blocks and take the mean with the trained heads.
 
@@ -620,9 +616,8 @@ def refit(heads, blocks, activations, run):
     """
     trained = copy.deepcopy(heads)
     heads.solve(pass_through(blocks, activations, run), run.cfg.shrinkage)
-    with torch.no_grad():
-        for solved, other in zip(heads.parameters(), trained.parameters()):
-            solved.lerp_(other, 0.5)
+    for solved, other in zip(heads.parameters(), trained.parameters()):
+        solved.lerp_(other, 0.5)
 
 
 def fit(model, data, state, config, run):
@@ -669,9 +664,7 @@ def fit_stage(stage, model, blocks, heads, train, val, data, history, state, con
         loss, accuracy = train_one_epoch(blocks, heads, view, optimizer, scaler, stage, epoch, run)
         if epoch == stage.last and stage.blocks and run.cfg.refit_head:
             refit(heads, blocks, train, run)
-        with torch.no_grad():
-            model.classifier[1].weight.copy_(heads.weight[-1])
-            model.classifier[1].bias.copy_(heads.bias[-1])
+        model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
         logits = predict_logits(blocks, model.classifier, val, run)
         history.append({
             "stage": stage.number, "epoch": epoch, "lr": learning_rate(stage, max(epoch - 0.5, stage.first)),
@@ -683,9 +676,8 @@ def fit_stage(stage, model, blocks, heads, train, val, data, history, state, con
         # The best first: a run killed between the two repeats the epoch and writes both again, the same.
         if best_epoch(history) is history[-1]:
             save_checkpoint(run.file("best.pth"), checkpoint)
-        checkpoint |= {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                       "scaler": scaler.state_dict()}
-        save_checkpoint(run.file("last.pth"), checkpoint)
+        save_checkpoint(run.file("last.pth"), checkpoint | {
+            "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
         print_epoch(history)
 
 
@@ -743,7 +735,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name another with --checkpoint") from None
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
-        raise UserError(f"{path} is damaged or no checkpoint of this program ({first_line(error)})") from None
+        raise UserError(f"{path} is damaged or no checkpoint of this program ({one_line(error)})") from None
 
 
 def fingerprint(data, pretrained, run):
@@ -775,12 +767,12 @@ def find_state(config, run):
             reason = error
     if files:
         number = 1
-        while run.file(f"old{number}").exists():
+        while (aside := run.file(f"old{number}")).exists():
             number += 1
-        run.file(f"old{number}").mkdir()
+        aside.mkdir()
         for file in files:
-            file.rename(run.file(f"old{number}") / file.name)
-        print(f"new run    {reason}; the files of the earlier run are now in {run.file(f'old{number}')}")
+            file.rename(aside / file.name)
+        print(f"new run    {reason}; the files of the earlier run are now in {aside}")
     return None
 
 
@@ -791,19 +783,26 @@ def measure(probabilities, labels):
     """The figures of one split from `probabilities` (float [N, classes]) and `labels` (int64 [N])."""
     confidence, predicted = probabilities.max(1)
     right = (predicted == labels).float()
-    share, count, z = right.mean().item(), len(labels), 1.96
-    middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
-    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count))**2)
     bins = (confidence * 15).long().clamp_max(14)  # ECE: Guo et al., 2017
     gaps = torch.zeros(15).index_add(0, bins, confidence - right)
     likeliest = probabilities.topk(min(5, probabilities.shape[1])).indices
-    return {"images": count, "accuracy": share,
-            "wilson_95": [(middle - half) / scale, (middle + half) / scale],
+    return {"images": len(labels), "accuracy": right.mean().item(),
+            "wilson_95": list(binomtest(int(right.sum()), len(labels)).proportion_ci(method="wilson")),
             "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
             "macro_f1": float(f1_score(labels, predicted, labels=labels.unique(), average="macro")),
             "top5_accuracy": (likeliest == labels[:, None]).any(1).float().mean().item(),
             "log_loss": F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item(),
-            "expected_calibration_error": gaps.abs().sum().item() / count}
+            "expected_calibration_error": gaps.abs().sum().item() / len(labels)}
+
+
+def summary(split, figures):
+    """The figures of one split in two lines."""
+    low, high = figures["wilson_95"]
+    return (f"{split:10} accuracy {100 * figures['accuracy']:.2f} % (95 % Wilson interval {100 * low:.1f} to "
+            f"{100 * high:.1f}), macro-F1 {figures['macro_f1']:.4f}, "
+            f"balanced {100 * figures['balanced_accuracy']:.2f} %,\n{'':10} top-5 "
+            f"{100 * figures['top5_accuracy']:.2f} %, log loss {figures['log_loss']:.4f}, expected "
+            f"calibration error {figures['expected_calibration_error']:.4f}, {figures['images']} images")
 
 
 def most_confused(confusion, class_names, limit=12):
@@ -864,9 +863,8 @@ def plot_confusion_matrix(confusion, class_names, split):
     axes.set_ylabel("true class", size=size)
     right = f"{np.trace(confusion)} of {confusion.sum()} images right"
     axes.set_title(f"Confusion matrix, {split} split: {right}", size=size, pad=size)
-    axes.text(1.05, 1, "Most confused", transform=axes.transAxes, size=size, va="bottom")
     pairs = ["\n".join(pair) for pair in most_confused(confusion, class_names)]
-    axes.text(1.05, 0.99, "\n\n".join(pairs) or "no mistakes", transform=axes.transAxes, size=size, va="top")
+    axes.text(1.05, 1, "\n\n".join(["Most confused", *pairs]), transform=axes.transAxes, size=size, va="top")
     return figure
 
 
@@ -920,56 +918,44 @@ def png_bytes(figure, dpi=150):
     return light.getvalue()
 
 
-def summary(split, figures):
-    """The figures of one split in two lines."""
-    low, high = figures["wilson_95"]
-    return (f"{split:10} accuracy {100 * figures['accuracy']:.2f} % (95 % Wilson interval {100 * low:.1f} to "
-            f"{100 * high:.1f}), macro-F1 {figures['macro_f1']:.4f}, "
-            f"balanced {100 * figures['balanced_accuracy']:.2f} %,\n{'':10} "
-            f"top-5 {100 * figures['top5_accuracy']:.2f} %, log loss {figures['log_loss']:.4f}, expected "
-            f"calibration error {figures['expected_calibration_error']:.4f}, {figures['images']} images")
-
-
 def report(model, data, history, run):
     """Evaluate the best checkpoint on EVAL_SPLITS and write all figures; the pictures show the first."""
-    cfg, names, best = run.cfg, data.class_names, best_epoch(history)
+    cfg, names, metrics, texts, tables = run.cfg, np.array(data.class_names), {}, [], []
+    classes, best = range(len(names)), best_epoch(history)["epoch"]
     model.load_state_dict(load_checkpoint(run.file("best.pth"))["model"])
     frozen, blocks = split_model(model.eval(), cfg.unfreeze_last_blocks)
-    figures, text, rows, classes = {}, "", [], range(len(names))
     for name in cfg.eval_splits:
         split, activations = data.splits[name], cache_activations(frozen, name, data, run)[0]
         probabilities = predict_logits(blocks, model.classifier, activations, run).softmax(1)
-        values, likeliest = probabilities.topk(min(5, len(names)))
-        labels, predicted = split.labels, likeliest[:, 0]
+        values, likeliest = (top.numpy() for top in probabilities.topk(min(5, len(names))))
+        labels, predicted = split.labels.numpy(), likeliest[:, 0]
         confusion = confusion_matrix(labels, predicted, labels=classes)
-        figures[name] = measure(probabilities, labels)
+        metrics[name] = measure(probabilities, split.labels)
+        f1 = pd.Series(f1_score(labels, predicted, labels=classes, average=None, zero_division=0), names)
+        worst = f1.nsmallest(10).to_string(float_format="%.3f")
+        pairs = "\n".join(" ".join(pair) for pair in most_confused(confusion, names))
         table = classification_report(labels, predicted, labels=classes, target_names=names, digits=3,
                                       zero_division=0)
-        f1 = f1_score(labels, predicted, labels=classes, average=None, zero_division=0)
-        worst = "\n".join(f"  {names[i]} {f1[i]:.3f}" for i in f1.argsort(kind="stable")[:10])
-        pairs = "\n".join("  " + " ".join(pair) for pair in most_confused(confusion, names))
-        parts = summary(name, figures[name]), f"lowest F1\n{worst}", f"most confused\n{pairs}", f"{table}\n\n"
-        text += "\n\n".join(parts)
-        for path, label, value, five in zip(split.paths, labels, values[:, 0], likeliest):
-            rows.append({"file": os.path.relpath(path, cfg.data_dir), "split": name, "true": names[label],
-                         "predicted": names[five[0]], "probability": f"{value:.4f}",
-                         "top5": "; ".join(names[i] for i in five)})
+        texts += [summary(name, metrics[name]), f"lowest F1\n{worst}", f"most confused\n{pairs}", table]
+        tables.append(pd.DataFrame({
+            "file": [os.path.relpath(path, cfg.data_dir) for path in split.paths], "split": name,
+            "true": names[labels], "predicted": names[predicted], "probability": values[:, 0].round(4),
+            "top5": ["; ".join(five) for five in names[likeliest]]}))
         if name == cfg.eval_splits[0]:
             mistakes = find_mistakes(model, split, probabilities, names, run)
-            mistakes = plot_mistakes(mistakes, name, len(labels) - np.trace(confusion), len(labels))
-            write_file(run.file("mistakes.png"), png_bytes(mistakes, dpi=100))
-            matrix = plot_confusion_matrix(confusion, names, name)
-            write_file(run.file("confusion_matrix.png"), png_bytes(matrix))
+            figure = plot_mistakes(mistakes, name, (labels != predicted).sum(), len(labels))
+            write_file(run.file("mistakes.png"), png_bytes(figure, dpi=100))
+            figure = plot_confusion_matrix(confusion, names, name)
+            write_file(run.file("confusion_matrix.png"), png_bytes(figure))
     write_file(run.file("loss.png"), png_bytes(plot_curves(history, "loss", "Cross-entropy loss")))
     write_file(run.file("acc.png"), png_bytes(plot_curves(history, "acc", "Accuracy (%)")))
-    write_file(run.file("report.txt"), text)
+    write_file(run.file("report.txt"), "\n\n".join(texts))
     write_file(run.file("history.csv"), pd.DataFrame(history).to_csv(index=False))
-    write_file(run.file("predictions.csv"), pd.DataFrame(rows).to_csv(index=False))
-    metrics = {"best_epoch": best["epoch"], "splits": figures, "seconds": run.seconds}
-    write_file(run.file("metrics.json"), json.dumps(metrics, indent=1) + "\n")
-    print(f"\nbest       epoch {best['epoch']} of {len(history)}")
-    for name in cfg.eval_splits:
-        print(summary(name, figures[name]))
+    write_file(run.file("predictions.csv"), pd.concat(tables).to_csv(index=False))
+    content = {"best_epoch": best, "splits": metrics, "seconds": run.seconds}
+    write_file(run.file("metrics.json"), json.dumps(content, indent=1) + "\n")
+    print(f"\nbest       epoch {best} of {len(history)}")
+    print(*(summary(name, metrics[name]) for name in cfg.eval_splits), sep="\n")
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------
@@ -988,7 +974,7 @@ def predict(run):
     run.cfg.img_size, names = state["config"]["img_size"], state["class_names"]
     model = build_model(len(names), state["model"]).to(run.device)
     features = FrozenPart(nn.Sequential(model.features, model.avgpool, nn.Flatten()), run)
-    size = inference_batch_size(run)
+    size = run.inference_batch_size
     for chunk in (paths[start:start + 2048] for start in range(0, len(paths), 2048)):
         images, unreadable = decode(chunk, run.cfg)
         with torch.no_grad():
@@ -1009,18 +995,22 @@ def predict(run):
 SOURCE = Path(__file__).read_text(encoding="utf-8").split("# ---- Configuration")[1].split("# ---- Run")[0]
 CONSTANTS = {name.lower(): (globals()[name], comment)
              for name, comment in re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SOURCE, re.MULTILINE)}
-CHECKS = (
-    ("img_size", lambda v: len(v) == 2 and 32 <= min(v) and max(v) <= 2048, "two sizes from 32 to 2048"),
-    ("eval_splits", lambda v: sorted(v) in (["test"], ["test", "val"], ["val"]), "val, test or both"),
-    ("num_workers", lambda v: v >= -1, "-1 or more"),
-    ("unfreeze_last_blocks", lambda v: 0 <= v <= 9, "from 0 to 9"),
-    ("head_init", lambda v: v in ("lda", "random"), "lda or random"),
-    ("shrinkage", lambda v: 0 < v <= 1, "above 0, at most 1"),
-    ("folds", lambda v: v >= 2, "2 or more"),
-    ("epochs_stage1 epochs_stage2 seed", lambda v: v >= 0, "0 or more"),
-    ("views batch_size", lambda v: v >= 1, "1 or more"),
-    ("lr_stage1 lr_stage2 blocks_lr_factor", lambda v: 0 < v < math.inf, "a number above 0"),
-    ("run_name", lambda v: v not in ("", ".", "..") and Path(v).name == v, "a file name without folders"),
+CHECKS = (  # constants, their type, what must hold, and that in words
+    ("data_dir device out_dir", str, lambda v: v, "a text"),
+    ("weights", (str, type(None)), lambda v: v != "", "IMAGENET1K_V1, the path of a state dict, or none"),
+    ("run_name", str, lambda v: v not in ("", "..") and Path(v).name == v, "a file name without folders"),
+    ("head_init", str, lambda v: v in ("lda", "random"), "lda or random"),
+    ("img_size", tuple, lambda v: [type(n) for n in v] == [int, int] and 32 <= min(v) and max(v) <= 2048,
+     "two sizes from 32 to 2048"),
+    ("eval_splits", tuple, lambda v: sorted(v) in (["test"], ["test", "val"], ["val"]), "val, test or both"),
+    ("num_workers", int, lambda v: -1 <= v <= 512, "from -1 to 512"),
+    ("unfreeze_last_blocks", int, lambda v: 0 <= v <= 9, "from 0 to 9"),
+    ("folds", int, lambda v: 2 <= v <= 100, "from 2 to 100"),
+    ("epochs_stage1 epochs_stage2 seed", int, lambda v: 0 <= v < 2**63, "a whole number, 0 or more"),
+    ("views batch_size", int, lambda v: 1 <= v < 2**31, "a whole number, 1 or more"),
+    ("shrinkage", (int, float), lambda v: 0 < v <= 1, "above 0, at most 1"),
+    ("lr_stage1 lr_stage2 blocks_lr_factor", (int, float), lambda v: 0 < v < math.inf, "a number above 0"),
+    ("cross_fit refit_head amp deterministic", bool, lambda v: True, "True or False"),
 )
 
 
@@ -1034,7 +1024,7 @@ def parse_command_line(argv):
     parser.add_argument("--checkpoint", metavar="FILE", help="with --predict: another than the run's best")
     group = parser.add_argument_group("constants")
     for name, (value, comment) in CONSTANTS.items():
-        shown, how = value, {"type": type(value), "metavar": "X"}
+        shown, how = value, {"type": str if value is None else type(value), "metavar": "X"}
         if isinstance(value, bool):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(value, tuple):
@@ -1044,11 +1034,13 @@ def parse_command_line(argv):
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     cfg = parser.parse_args(argv)
-    cfg.img_size, cfg.eval_splits = tuple(cfg.img_size), tuple(cfg.eval_splits)
-    for names, valid, words in CHECKS:
+    for names, kind, valid, words in CHECKS:
         for name in names.split():
-            if not valid(getattr(cfg, name)):
-                parser.error(f"{name.upper()} must be {words}, not {getattr(cfg, name)!r}")
+            value = getattr(cfg, name)
+            value = tuple(value) if isinstance(value, list) else value
+            setattr(cfg, name, value)
+            if not isinstance(value, kind) or not valid(value):
+                parser.error(f"{name.upper()} must be {words}, not {value!r}")
     if cfg.epochs_stage1 + cfg.epochs_stage2 == 0:
         parser.error("EPOCHS_STAGE1 and EPOCHS_STAGE2 must not both be 0")
     if cfg.checkpoint and not cfg.predict:
@@ -1056,24 +1048,24 @@ def parse_command_line(argv):
     return cfg
 
 
-def choose_device(cfg):
-    """The device, and the precision of inference and autocast on it."""
+def start_run(cfg):
+    """The run on its device, in its precision."""
     name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # DETERMINISTIC needs it before CUDA starts
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"no device {name!r} here ({first_line(error)}): set --device auto") from None
+        raise UserError(f"no device {name!r} here ({one_line(error)}): set --device to auto or cpu") from None
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = cfg.deterministic
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
-        return device, torch.float16 if cfg.amp else torch.float32
+        return Run(cfg, device, torch.float16 if cfg.amp else torch.float32)
     processor = torch.cpu.get_capabilities()
     native = device.type == "cpu" and (processor.get("avx512_bf16") or processor.get("bf16"))
-    return device, torch.bfloat16 if cfg.amp and native else torch.float32
+    return Run(cfg, device, torch.bfloat16 if cfg.amp and native else torch.float32)
 
 
 def prepare_folder(run):
@@ -1132,12 +1124,12 @@ def main(argv=None):
     """The program; returns its exit code: 2 for bad input, 1 for a failed run, 128 + number for a signal."""
     cfg = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
-        run = Run(cfg, *choose_device(cfg))
+        run = start_run(cfg)
         return predict(run) if cfg.predict else train_and_report(run)
     except (UserError, RunError) as error:
         code, message = 2 if isinstance(error, UserError) else 1, f"error: {error}"
     except (torch.OutOfMemoryError, MemoryError) as error:
-        code, message = 1, f"error: out of memory: lower BATCH_SIZE, VIEWS or IMG_SIZE ({first_line(error)})"
+        code, message = 1, f"error: out of memory: lower BATCH_SIZE, VIEWS or IMG_SIZE ({one_line(error)})"
     except KeyboardInterrupt as error:
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
         message = "stopped: all finished epochs are saved; the same command continues after them"

@@ -54,7 +54,8 @@ ROWS = [
     ([], "0.png", overwrite("val/red/0.png", b"\x89PNG\r\n\x1a\n cut off")),
     (["--eval-splits", "val", "test"], "--eval-splits val", rename("test", "exam")),
     (["--predict", "no_such_image.jpg"], "no_such_image.jpg"), (["--predict", "{own}/train"], "no checkpoint"),
-    (["--predict", "{own}/empty"], "no images"),
+    (["--predict", "{own}/empty"], "no images"), (["--data-dir", "{own}/train/red/0.png"], "is a file"),
+    (["--seed", str(2**64)], "SEED"), (["--batch-size", str(2**40)], "BATCH_SIZE"), (["--device", "meta"], "meta"),
     (["--predict", "{own}/train", "--checkpoint", "{own}/evil.pth"], "evil.pth"),
     (["--predict", "{own}/train", "--checkpoint", "{own}/other.pth"], "other.pth"),
 ]
@@ -80,3 +81,13 @@ def test_one_line_and_exit_code_2(row, options, own_images, tmp_path, monkeypatc
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and phrase in printed.err
     assert "code from a stranger ran" not in printed.out
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name, value", [("lr_stage1", "1e-3"), ("img_size", 300), ("img_size", (300.0, 300.0)),
+                                         ("epochs_stage1", 8.0), ("amp", 1), ("eval_splits", "val"), ("seed", None)])
+def test_a_constant_edited_to_a_wrong_type_is_named(name, value, monkeypatch, capsys):
+    monkeypatch.setitem(program.CONSTANTS, name, (value, "its comment"))
+    with pytest.raises(SystemExit) as stop:
+        program.main([])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {name.upper()} must be") and error.count("\n") == 1

@@ -16,8 +16,7 @@ import efficientnet_b3 as program
 
 
 def settings(options, *extra):
-    cfg = program.parse_command_line(options + list(extra))
-    return program.Run(cfg, *program.choose_device(cfg))
+    return program.start_run(program.parse_command_line(options + list(extra)))
 
 
 def test_transforms_are_those_of_the_mission():
