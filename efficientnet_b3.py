@@ -304,19 +304,19 @@ def draw_flower(species, number, size=96):
     look, pose = np.random.default_rng(species), np.random.default_rng((species, number))
     petals, depth, core = look.choice([4, 5, 6, 8, 12]), look.uniform(0.3, 0.75), look.uniform(0.15, 0.35)
     hue = 0.52 + 0.64 * (species * 0.618034 % 1)  # golden steps, leaving out green, which would not stand out
-    petal, throat, disc = hsv_to_rgb([
-        (hue % 1, look.uniform(0.3, 1), look.uniform(0.75, 1)),
-        (look.uniform(), 0.7, look.uniform(0.4, 1)), (0.13, 0.9, look.uniform(0.25, 1))])
+    petal, throat, disc, ground = hsv_to_rgb([
+        (hue % 1, look.uniform(0.3, 1), look.uniform(0.75, 1)), (look.uniform(), 0.7, look.uniform(0.4, 1)),
+        (0.13, 0.9, look.uniform(0.25, 1)), (look.uniform(0.15, 0.45), 0.6, look.uniform(0.15, 0.45))])
     # Of each pixel, the distance from the flower's middle and the angle around it.
-    y, x = np.mgrid[:size, :size, :1] / size - pose.uniform(0.42, 0.58, (2, 1, 1, 1))
+    y, x = np.mgrid[:size, :size][..., None] / size - pose.uniform(0.42, 0.58, (2, 1, 1, 1))
     distance = np.hypot(x, y) / pose.uniform(0.34, 0.45)
     angle = np.arctan2(y, x) + pose.uniform(0, 2 * math.pi)
     wave = np.abs(np.cos(petals / 2 * angle))  # 1 along the middle of a petal, 0 between two
     reach = distance / (1 - depth + depth * wave)  # 1 at the petals' edge
     petal = petal + (throat - petal) * np.clip(1.1 - 1.4 * reach, 0, 1)
     petal = petal * (0.75 + 0.25 * wave) * np.where(reach > 0.94, 0.7, 1)  # folds and a dark rim
-    leaves = pose.integers((20, 50, 10), (90, 130, 60), (7, 7, 3)).astype(np.uint8)
-    picture = np.where(reach < 1, petal, np.array(Image.fromarray(leaves).resize((size, size))) / 255)
+    leaves = Image.fromarray(pose.integers(60, 200, (7, 7, 3), np.uint8)).resize((size, size))
+    picture = np.where(reach < 1, petal, ground * np.array(leaves) / 128)
     seeds = disc * (0.8 + 0.3 * np.sin(70 * distance) * np.sin(3 * petals * angle))
     light = pose.uniform(0.9, 1.1) - 0.3 * (x + y)  # from the upper left
     picture = np.where(distance < core, seeds, picture) * light
