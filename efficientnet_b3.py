@@ -919,9 +919,12 @@ def png_bytes(figure, dpi=150):
 
 
 def report(model, data, history, run):
-    """Evaluate the best checkpoint on EVAL_SPLITS and write all figures; the pictures show the first."""
+    """Evaluate the best checkpoint on EVAL_SPLITS and write all figures; the pictures show the first split.
+
+    Returns the figures of each split by its name.
+    """
     cfg, names, metrics, texts, tables = run.cfg, np.array(data.class_names), {}, [], []
-    classes, best = range(len(names)), best_epoch(history)["epoch"]
+    classes = range(len(names))
     model.load_state_dict(load_checkpoint(run.file("best.pth"))["model"])
     frozen, blocks = split_model(model.eval(), cfg.unfreeze_last_blocks)
     for name in cfg.eval_splits:
@@ -952,10 +955,7 @@ def report(model, data, history, run):
     write_file(run.file("report.txt"), "\n\n".join(texts))
     write_file(run.file("history.csv"), pd.DataFrame(history).to_csv(index=False))
     write_file(run.file("predictions.csv"), pd.concat(tables).to_csv(index=False))
-    content = {"best_epoch": best, "splits": metrics, "seconds": run.seconds}
-    write_file(run.file("metrics.json"), json.dumps(content, indent=1) + "\n")
-    print(f"\nbest       epoch {best} of {len(history)}")
-    print(*(summary(name, metrics[name]) for name in cfg.eval_splits), sep="\n")
+    return metrics
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------
@@ -1110,7 +1110,11 @@ def train_and_report(run):
         start_without_pretraining(model, data.splits["train"].images, run)
     history = fit(model, data, state, config, run)
     with run.phase("reports"):
-        report(model, data, history, run)
+        metrics = report(model, data, history, run)
+    content = {"best_epoch": best_epoch(history)["epoch"], "splits": metrics, "seconds": run.seconds}
+    write_file(run.file("metrics.json"), json.dumps(content, indent=1) + "\n")
+    print(f"\nbest       epoch {content['best_epoch']} of {len(history)}")
+    print(*(summary(name, metrics[name]) for name in cfg.eval_splits), sep="\n")
     print(f"files      {run.file('*')}\ntime       {time.perf_counter() - start:.0f} s")
     return 0
 
