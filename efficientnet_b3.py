@@ -22,7 +22,6 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
+from joblib import cpu_count  # of those that this process may use
 from matplotlib.colors import PowerNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -95,15 +95,11 @@ class RunError(Exception):
     """A run that cannot go on; the message says in one line why and what is safe."""
 
 
-@dataclass
 class Run:
     """Constants, device, precision of inference and autocast, cached activations, seconds per phase."""
 
-    cfg: argparse.Namespace
-    device: torch.device
-    dtype: torch.dtype
-    activations: dict = field(default_factory=dict)
-    seconds: dict = field(default_factory=dict)
+    def __init__(self, cfg, device, dtype):
+        self.cfg, self.device, self.dtype, self.activations, self.seconds = cfg, device, dtype, {}, {}
 
     def file(self, suffix):
         """The path of a file of the run, say of "best.pth"."""
@@ -139,7 +135,7 @@ def progress(batches, batch_size, description):
 
 
 def mix_seed(*numbers):
-    """One 64-bit seed from several whole numbers, such that neighbours get unrelated random streams."""
+    """One 64-bit seed from several whole numbers; neighbours give unrelated random streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -208,7 +204,7 @@ def load_image(path):
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            image = image.point(lambda level: level / 256).convert("L")
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -243,7 +239,7 @@ class AugmentedViews(Dataset):
 
 def batches_of(dataset, batch_size, cfg, collate=None):
     """Batches of a data set in its own order, made by worker processes if there are enough of them."""
-    workers = os.cpu_count() if cfg.num_workers < 0 else cfg.num_workers
+    workers = cpu_count() if cfg.num_workers < 0 else cfg.num_workers
     return DataLoader(dataset, batch_size, num_workers=min(workers, len(dataset) // batch_size),
                       collate_fn=collate, worker_init_fn=ignore_interrupt)
 
@@ -330,7 +326,7 @@ def build_model(num_classes, state=None, seed=0):
     """torchvision's EfficientNet-B3 in eval mode; `state`: weights, perhaps without a classifier."""
     torch.manual_seed(seed)
     model = efficientnet_b3(num_classes=num_classes).eval()
-    missing, foreign = model.load_state_dict(state, strict=False) if state else ((), [])
+    missing, foreign = ((), []) if state is None else model.load_state_dict(state, strict=False)
     odd = foreign + [key for key in missing if not key.startswith("classifier.")]
     if odd:
         raise ValueError(f"missing or foreign keys: {listing(odd)}")
@@ -374,22 +370,21 @@ def start_without_pretraining(model, images, run):
     """Make random weights say something: identity-like blocks, then BatchNorm statistics from `images`.
 
     Zero-initialised residual branches (Goyal et al., 2017) and a bias that keeps SiLU in its near-linear
-    range let colour and shape through 26 random layers, which would otherwise scramble them.
+    range let colour and shape through 26 random blocks, which would otherwise scramble them.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for module in model.features.modules():
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = None  # cumulative: the mean over all batches
         if isinstance(module, Conv2dNormActivation) and len(module) == 3:
             nn.init.ones_(module[1].bias)
         if isinstance(module, MBConv) and module.use_res_connect:
             nn.init.zeros_(module.block[-1][1].weight)
-    for norm in norms:
-        norm.train().momentum = None  # cumulative: the mean over all batches
-    order, normalize = torch.randperm(len(images))[:1024], make_transforms(run.cfg.img_size).normalize
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(run.cfg.seed))[:1024]
+    batches, normalize = order.tensor_split(-(-len(order) // 64)), make_transforms(run.cfg.img_size).normalize
     with torch.no_grad():
-        for batch in progress(order.split(64), 64, "BatchNorm statistics"):
+        for batch in progress(batches, 64, "BatchNorm statistics"):
             model.features(normalize(images[batch].to(run.device).permute(0, 3, 1, 2)))
-    for norm in norms:
-        norm.eval().momentum = 0.1
+    model.eval()
 
 
 # ---- Frozen activations ----------------------------------------------------------------------------------
@@ -400,8 +395,8 @@ def start_without_pretraining(model, images, run):
 #          --once per view--> augmented view --> activations at the cut (232x10x10, 46 kB in half precision)
 #          --in every step--> unfrozen blocks --> head --> loss
 #
-# With 8 views, 13 epochs cost 9,180 passes through the frozen part instead of 27,540, and as its weights are
-# fixed, each pass can run in its fastest form. Further epochs cost the trainable part only.
+# With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540,
+# and as its weights are fixed, each can run in its fastest form. Further epochs cost the trainable part only.
 
 
 def fast_copy(layers, run):
@@ -471,7 +466,7 @@ def check_memory(frozen, data, run):
     images = {name: len(split.labels) for name, split in data.splits.items()}
     need, there = one * (sum(images.values()) + (run.cfg.views - 1) * images["train"]), math.inf
     if run.device.type == "cuda":
-        there = torch.cuda.mem_get_info()[0]
+        there = torch.cuda.mem_get_info(run.device)[0]
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > 0.8 * there:
@@ -499,10 +494,9 @@ class Heads(nn.Module):
                 folds[members] = torch.arange(len(members)) % cfg.folds
         seen = folds != torch.arange(cfg.folds + 1)[:, None]  # which head (row) learns from which image
         seen[-1] = True
-        for name, tensor in (("labels", labels), ("folds", folds), ("seen", seen)):
-            self.register_buffer(name, tensor, persistent=False)
-        self.weight = nn.Parameter(linear.weight.detach().cpu().repeat(cfg.folds + 1, 1, 1))
-        self.bias = nn.Parameter(linear.bias.detach().cpu().repeat(cfg.folds + 1, 1))
+        self.labels, self.folds, self.seen = (part.to(linear.weight.device) for part in (labels, folds, seen))
+        self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
+        self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
 
     def forward(self, features, learn=True):
         """Logits [FOLDS + 1, B, classes] of features [B, D]; the heads get a gradient if they `learn`."""
@@ -542,15 +536,15 @@ def discriminant(features, labels, classes, shrinkage):
     means = features.new_zeros(classes, features.shape[1]).index_add(0, labels, features) / counts
     within = features - means[labels]
     covariance, means = (within.T @ within / len(features)).cpu().double(), means.cpu().double()
-    alike = covariance.diagonal().mean() * torch.eye(len(covariance))
+    alike = (covariance.diagonal().mean() or 1) * torch.eye(len(covariance))  # 0: no two images of a class
     weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * alike, means.T).T
     return weight, (counts / counts.sum()).log()[:, 0].cpu() - (weight * means).sum(1) / 2
 
 
 # ---- Training --------------------------------------------------------------------------------------------
 
-# number, epochs before and with this stage (counted over both), peak learning rate, unfrozen blocks
-Stage = namedtuple("Stage", "number first last lr blocks")
+# Epochs are counted over both stages: those `before` this one, and those `through` its end.
+Stage = namedtuple("Stage", "number before through lr blocks")
 
 
 def stages_of(cfg):
@@ -562,7 +556,7 @@ def stages_of(cfg):
 
 def learning_rate(stage, done):
     """The rate after `done` epochs: linear warm-up over a tenth of the stage, then cosine to zero."""
-    share = (done - stage.first) / (stage.last - stage.first)
+    share = (done - stage.before) / (stage.through - stage.before)
     return stage.lr * (share / 0.1 if share < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (share - 0.1) / 0.9))
 
 
@@ -573,7 +567,7 @@ def features_of(blocks, activations, run):
 
 
 def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch, run):
-    """One pass over `activations` [N, ...] in random order: mean loss and accuracy on left-out images."""
+    """One pass over `activations` [N, ...] in random order: mean loss and accuracy (CROSS_FIT: left-out)."""
     cfg, loss_sum, right = run.cfg, 0.0, 0
     for module in blocks.modules():  # BatchNorm keeps its statistics: a batch of 32 would estimate worse ones
         module.training = isinstance(module, StochasticDepth)
@@ -621,8 +615,8 @@ def refit(heads, blocks, activations, run):
 
 
 def fit(model, data, state, config, run):
-    """Train both stages, from the beginning or from the `state` after the last whole epoch: the history."""
-    cfg, history = run.cfg, list(state["history"]) if state else []
+    """Train both stages, from the beginning or after the last whole epoch in `state`; returns the history."""
+    cfg, history, labels = run.cfg, list(state["history"]) if state else [], data.splits["val"].labels
     print("stage  epoch        lr  train loss   train acc  val loss   val acc  seconds  best")
     for number in range(len(history)):
         print_epoch(history[:number + 1])
@@ -631,54 +625,42 @@ def fit(model, data, state, config, run):
     frozen, _ = split_model(model, cfg.unfreeze_last_blocks)
     train_cut = cache_activations(frozen, "train", data, run, augment=True)
     val_cut = cache_activations(frozen, "val", data, run)
-    heads = Heads(data.splits["train"].labels, model.classifier[1], cfg).to(run.device)
+    heads = Heads(data.splits["train"].labels, model.classifier[1], cfg)
     if state:
         heads.load_state_dict(state["heads"])
     for stage in stages_of(cfg):
-        if history and len(history) >= stage.last:
+        if history and len(history) >= stage.through:
             continue
         frozen_now, blocks = split_model(model, stage.blocks)
+        beyond = frozen_now[len(frozen):]  # stage 1 is frozen beyond the cut, up to the head
+        optimizer = torch.optim.Adam([{"params": heads.parameters(), "factor": 1.0},
+                                      {"params": blocks.parameters(), "factor": cfg.blocks_lr_factor}])
+        scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+        if len(history) > stage.before:
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
         with run.phase(f"stage {stage.number}"):
-            beyond = frozen_now[len(frozen):]  # stage 1 is frozen beyond the cut, up to the head
             train, val = pass_through(beyond, train_cut, run), pass_through(beyond, val_cut, run)[0]
             if not history and stage.number == 1 and cfg.head_init == "lda":
                 heads.solve(train, cfg.shrinkage)
-            fit_stage(stage, model, blocks, heads, train, val, data, history, state, config, run)
+            for epoch in range(len(history) + 1, stage.through + 1):
+                start, view = time.perf_counter(), train[(epoch - 1) % cfg.views]
+                loss, accuracy = train_one_epoch(blocks, heads, view, optimizer, scaler, stage, epoch, run)
+                if epoch == stage.through and stage.blocks and cfg.refit_head:
+                    refit(heads, blocks, train, run)
+                model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
+                logits = predict_logits(blocks, model.classifier, val, run)
+                history.append({
+                    "stage": stage.number, "epoch": epoch, "lr": learning_rate(stage, epoch - 0.5),
+                    "train_loss": loss, "train_acc": accuracy,
+                    "val_loss": F.cross_entropy(logits, labels).item(),
+                    "val_acc": (logits.argmax(1) == labels).float().mean().item(),
+                    "seconds": time.perf_counter() - start})
+                trainer = {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
+                           "scaler": scaler.state_dict()}
+                save_epoch(model, data, history, config, trainer, run)
+                print_epoch(history)
     return history
-
-
-def fit_stage(stage, model, blocks, heads, train, val, data, history, state, config, run):
-    """The epochs of one stage that `history` lacks; each ends with its checkpoint and its line in the table.
-
-    `train` [views, N, ...] and `val` [M, ...] are activations where the stage's frozen part ends.
-    """
-    optimizer = torch.optim.Adam([{"params": heads.parameters(), "factor": 1.0},
-                                  {"params": blocks.parameters(), "factor": run.cfg.blocks_lr_factor}])
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    if len(history) > stage.first:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    labels = data.splits["val"].labels
-    for epoch in range(len(history) + 1, stage.last + 1):
-        start, view = time.perf_counter(), train[(epoch - 1) % len(train)]
-        loss, accuracy = train_one_epoch(blocks, heads, view, optimizer, scaler, stage, epoch, run)
-        if epoch == stage.last and stage.blocks and run.cfg.refit_head:
-            refit(heads, blocks, train, run)
-        model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
-        logits = predict_logits(blocks, model.classifier, val, run)
-        history.append({
-            "stage": stage.number, "epoch": epoch, "lr": learning_rate(stage, max(epoch - 0.5, stage.first)),
-            "train_loss": loss, "train_acc": accuracy, "val_loss": F.cross_entropy(logits, labels).item(),
-            "val_acc": (logits.argmax(1) == labels).float().mean().item(),
-            "seconds": time.perf_counter() - start})
-        checkpoint = {"model": model.state_dict(), "class_names": data.class_names, "config": config,
-                      "history": history, "best_accuracy": best_epoch(history)["val_acc"]}
-        # The best first: a run killed between the two repeats the epoch and writes both again, the same.
-        if best_epoch(history) is history[-1]:
-            save_checkpoint(run.file("best.pth"), checkpoint)
-        save_checkpoint(run.file("last.pth"), checkpoint | {
-            "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-        print_epoch(history)
 
 
 def best_epoch(history):
@@ -698,7 +680,7 @@ def print_epoch(history):
 
 RUN_FILES = ("best.pth", "last.pth", "loss.png", "acc.png", "confusion_matrix.png", "mistakes.png",
              "report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json")
-# Constants that say where, how fast or how much to tell; weights and images count by their content.
+# Constants that say where, how fast or how much to tell; weights, images and precision count as they are.
 WITHOUT_EFFECT = {"data_dir", "num_workers", "eval_splits", "weights", "device", "amp", "run_name", "out_dir"}
 
 
@@ -714,7 +696,7 @@ def write_file(path, content):
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise RunError(f"cannot write {path} ({error.strerror}): what was there before is whole; "
-                       "make room and run the same command again") from None
+                       "make room or mend it, and run the same command again") from None
 
 
 def save_checkpoint(path, state):
@@ -722,6 +704,17 @@ def save_checkpoint(path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(path, buffer.getbuffer())
+
+
+def save_epoch(model, data, history, config, trainer, run):
+    """Write the last checkpoint, which holds the state of the `trainer` too, and perhaps the best one."""
+    checkpoint = {"model": {key: value.cpu() for key, value in model.state_dict().items()},
+                  "class_names": data.class_names, "config": config, "history": history,
+                  "best_accuracy": best_epoch(history)["val_acc"]}
+    # The best first: a run killed between the two repeats the epoch and writes both again, the same.
+    if best_epoch(history) is history[-1]:
+        save_checkpoint(run.file("best.pth"), checkpoint)
+    save_checkpoint(run.file("last.pth"), checkpoint | trainer)
 
 
 def load_checkpoint(path):
@@ -754,7 +747,6 @@ def fingerprint(data, pretrained, run):
 
 def find_state(config, run):
     """The state of this very run after its last whole epoch, or None; other runs' files are moved aside."""
-    files = [run.file(name) for name in RUN_FILES if run.file(name).exists()]
     reason = "--fresh" if run.cfg.fresh else "no last checkpoint"
     if run.file("last.pth").exists() and not run.cfg.fresh:
         try:
@@ -765,6 +757,7 @@ def find_state(config, run):
             reason = f"changed: {listing(changed, 9)}" if changed else "the best checkpoint is of another run"
         except UserError as error:
             reason = error
+    files = [run.file(name) for name in RUN_FILES if run.file(name).exists()]
     if files:
         number = 1
         while (aside := run.file(f"old{number}")).exists():
@@ -868,45 +861,32 @@ def plot_confusion_matrix(confusion, class_names, split):
     return figure
 
 
-def find_mistakes(model, split, probabilities, class_names, run, limit=12):
-    """The most confident mistakes on a split, each with its class activation map (Zhou et al., 2016).
-
-    Before the pooling, the evidence for a class is the sum of the feature maps weighted with its row of the
-    head; what all rows share says nothing about the class and is taken out.
-    """
+def plot_mistakes(model, split, name, probabilities, class_names, run, limit=12):
+    """The most confident mistakes, each beside its class activation map (CAM, Zhou et al., 2016)."""
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != split.labels).nonzero().flatten()
     chosen = wrong[confidence[wrong].argsort(descending=True)[:limit]].tolist()
-    part, rows = FrozenPart(model.features, run), model.classifier[1].weight.detach()
-    rows, mistakes = rows - rows.mean(0), []
-    for i in chosen:
-        cam = torch.einsum("chw,c->hw", part(split.images[i:i + 1])[0].float(), rows[predicted[i]])
-        mistakes.append({"image": split.images[i].numpy(), "cam": cam.cpu().numpy(),
-                         "true": class_names[split.labels[i]], "predicted": class_names[predicted[i]],
-                         "p_true": probabilities[i, split.labels[i]].item(),
-                         "p_predicted": confidence[i].item()})
-    return mistakes
-
-
-def plot_mistakes(mistakes, split, wrong, count):
-    """Photograph and activation map of each of find_mistakes' finds, of `wrong` in `count` images."""
-    rows = max(1, -(-len(mistakes) // 4))
-    columns = max(1, -(-len(mistakes) // rows))
+    part, evidence = FrozenPart(model.features, run), model.classifier[1].weight.detach()
+    evidence = evidence - evidence.mean(0)  # what all classes share says nothing about one of them
+    rows = max(1, -(-len(chosen) // 4))
+    columns = max(1, -(-len(chosen) // rows))
     width = max(3.6, 6 / columns)  # inches; 3.6 hold a name of 27 letters
-    tall = width / 2 * max((m["image"].shape[0] / m["image"].shape[1] for m in mistakes), default=0)
+    tall = width / 2 * run.cfg.img_size[0] / run.cfg.img_size[1] if chosen else 0
     figure = Figure((columns * width, rows * (tall + 0.42) + 0.4), layout="constrained")
     figure.subplots(rows, columns, subplot_kw={"anchor": "N", "frame_on": False, "xticks": [], "yticks": []})
-    for axes, m in zip(figure.axes, mistakes):
-        photo, cam = m["image"] / 255, (m["cam"] - m["cam"].min()) / max(np.ptp(m["cam"]), 1e-9)
-        cam = Image.fromarray(cam.astype(np.float32)).resize(photo.shape[1::-1], Image.BICUBIC)
+    for axes, i in zip(figure.axes, chosen):
+        photo, label, taken = split.images[i].numpy() / 255, split.labels[i], predicted[i]
+        cam = torch.einsum("chw,c->hw", part(split.images[i:i + 1])[0].float(), evidence[taken]).cpu().numpy()
+        cam = Image.fromarray((cam - cam.min()) / max(np.ptp(cam), 1e-9)).resize(photo.shape[1::-1])
         cam = np.asarray(cam).clip(0, 1)[..., None]
         # On the grey photograph all colour is the map's, whatever the colour of the flower.
         heat, alpha = sns.color_palette("inferno", as_cmap=True)(cam[..., 0])[..., :3], 0.25 + 0.4 * cam
         heat = alpha * heat + (1 - alpha) * photo.mean(2, keepdims=True)
         axes.imshow(np.hstack([photo, np.ones_like(photo[:, ::50]), heat]))
-        axes.set_title(f"is {m['true']} ({100 * m['p_true']:.0f} %)\ntaken for {m['predicted']} "
-                       f"({100 * m['p_predicted']:.0f} %)", loc="left", size=10)
-    figure.suptitle(f"Most confident of {wrong} mistakes in {count} images, {split} split", size=14)
+        axes.set_title(f"is {class_names[label]} ({100 * probabilities[i, label].item():.0f} %)\ntaken for "
+                       f"{class_names[taken]} ({100 * confidence[i].item():.0f} %)", loc="left", size=10)
+    words = f"Most confident of {len(wrong)} mistakes in {len(predicted)} images, {name} split"
+    figure.suptitle(words, size=14)
     return figure
 
 
@@ -919,10 +899,7 @@ def png_bytes(figure, dpi=150):
 
 
 def report(model, data, history, run):
-    """Evaluate the best checkpoint on EVAL_SPLITS and write all figures; the pictures show the first split.
-
-    Returns the figures of each split by its name.
-    """
+    """Evaluate the best checkpoint, write its files (pictures: of the first split); returns {split: figures}."""
     cfg, names, metrics, texts, tables = run.cfg, np.array(data.class_names), {}, [], []
     classes = range(len(names))
     model.load_state_dict(load_checkpoint(run.file("best.pth"))["model"])
@@ -945,8 +922,7 @@ def report(model, data, history, run):
             "true": names[labels], "predicted": names[predicted], "probability": values[:, 0].round(4),
             "top5": ["; ".join(five) for five in names[likeliest]]}))
         if name == cfg.eval_splits[0]:
-            mistakes = find_mistakes(model, split, probabilities, names, run)
-            figure = plot_mistakes(mistakes, name, (labels != predicted).sum(), len(labels))
+            figure = plot_mistakes(model, split, name, probabilities, names, run)
             write_file(run.file("mistakes.png"), png_bytes(figure, dpi=100))
             figure = plot_confusion_matrix(confusion, names, name)
             write_file(run.file("confusion_matrix.png"), png_bytes(figure))
@@ -966,10 +942,9 @@ def predict(run):
     paths, failed = [], False
     for path in map(Path, run.cfg.predict):
         inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        if not path.exists() or path.is_dir() and not inside:
-            problem = "has no images" if path.exists() else "does not exist"
-            raise UserError(f"{path} {problem}: name images or folders")
-        paths += inside if path.is_dir() else [path]
+        if not inside and not path.is_file():
+            raise UserError(f"{path} does not exist or has no images: name images or folders")
+        paths += inside or [path]
     state = load_checkpoint(Path(run.cfg.checkpoint) if run.cfg.checkpoint else run.file("best.pth"))
     run.cfg.img_size, names = state["config"]["img_size"], state["class_names"]
     model = build_model(len(names), state["model"]).to(run.device)
@@ -1081,7 +1056,7 @@ def prepare_folder(run):
 
 
 def train_and_report(run):
-    """The whole run: data, model, both stages, reports; returns the exit code."""
+    """The whole run: data, model, both stages, reports."""
     cfg, start = run.cfg, time.perf_counter()
     prepare_folder(run)
     print(f"device     {run.device}, {str(run.dtype).removeprefix('torch.')}", flush=True)
@@ -1094,29 +1069,28 @@ def train_and_report(run):
     print(f"data       {cfg.data_dir}: {len(data.class_names)} classes; images: {sizes}", flush=True)
     pretrained = load_pretrained(cfg.weights)
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(run.device)
-    unfrozen = model.features[len(model.features) - cfg.unfreeze_last_blocks:]
+    frozen, unfrozen = split_model(model, cfg.unfreeze_last_blocks)
     total, head, blocks = (sum(p.numel() for p in part.parameters())
                            for part in (model, model.classifier, unfrozen))
     print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters, trained in stage 1 "
           f"{head:,}, in stage 2 {head + blocks:,}\n", flush=True)
     config = fingerprint(data, pretrained, run)
-    check_memory(split_model(model, cfg.unfreeze_last_blocks)[0], data, run)
+    check_memory(frozen, data, run)
     state = find_state(config, run)
-    constants = {name: getattr(cfg, name) for name in CONSTANTS}
-    write_file(run.file("config.json"), json.dumps(constants | config, indent=1) + "\n")
     if state:
         model.load_state_dict(state["model"])
-    elif not pretrained:
+    elif pretrained is None:
         start_without_pretraining(model, data.splits["train"].images, run)
     history = fit(model, data, state, config, run)
     with run.phase("reports"):
         metrics = report(model, data, history, run)
     content = {"best_epoch": best_epoch(history)["epoch"], "splits": metrics, "seconds": run.seconds}
     write_file(run.file("metrics.json"), json.dumps(content, indent=1) + "\n")
+    constants = {name: getattr(cfg, name) for name in CONSTANTS}
+    write_file(run.file("config.json"), json.dumps(constants | config, indent=1) + "\n")
     print(f"\nbest       epoch {content['best_epoch']} of {len(history)}")
     print(*(summary(name, metrics[name]) for name in cfg.eval_splits), sep="\n")
     print(f"files      {run.file('*')}\ntime       {time.perf_counter() - start:.0f} s")
-    return 0
 
 
 def stop(number, _frame):
@@ -1129,14 +1103,21 @@ def main(argv=None):
     cfg = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         run = start_run(cfg)
-        return predict(run) if cfg.predict else train_and_report(run)
+        if cfg.predict:
+            return predict(run)
+        train_and_report(run)
+        return 0
     except (UserError, RunError) as error:
         code, message = 2 if isinstance(error, UserError) else 1, f"error: {error}"
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # A processor's allocator and a worker that the system has killed raise a plain RuntimeError.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
+                "you tried to allocate|DataLoader worker", str(error)):
+            raise
         code, message = 1, f"error: out of memory: lower BATCH_SIZE, VIEWS or IMG_SIZE ({one_line(error)})"
     except KeyboardInterrupt as error:
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
-        message = "stopped: all finished epochs are saved; the same command continues after them"
+        message = "stopped: finished epochs are saved; the same command without --fresh continues after them"
     print(message, file=sys.stderr)
     return code
 

@@ -79,8 +79,8 @@ class PlainLoop:
 
 def seconds_per_image_of_parts(data, frozen, run):
     """Of the program's own parts that its run does not time alone: augmentation, and the frozen part."""
-    few = data.splits["val"]._replace(images=data.splits["val"].images[:256])
-    seconds, views = {}, program.AugmentedViews(few.images[:256 // run.cfg.views], run.cfg)
+    few = data.splits["val"]._replace(images=data.splits["val"].images[:512])
+    seconds, views = {}, program.AugmentedViews(few.images[:512 // run.cfg.views], run.cfg)
     start = time.perf_counter()
     for _ in program.batches_of(views, 4, run.cfg):
         pass

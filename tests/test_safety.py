@@ -39,7 +39,7 @@ def same(a, b):
 
 
 def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, monkeypatch, capsys):
-    """A file of the run is put in place 5 to 7 times in 3 epochs; the run is killed at each of these moments."""
+    """Checkpoints are put in place 4 to 6 times in 3 epochs; the run is killed at each of these moments and after."""
     options = options + ["--epochs-stage1", "1"]
     program.main(options)
     whole = [checkpoint(tmp_path / "runs", name) for name in ("best", "last")]
