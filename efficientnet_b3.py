@@ -899,7 +899,7 @@ def png_bytes(figure, dpi=150):
 
 
 def report(model, data, history, run):
-    """Evaluate the best checkpoint, write its files (pictures: the first split) and return {split: figures}."""
+    """Evaluate the best checkpoint, write its files (pictures: first split) and return {split: figures}."""
     cfg, names, metrics, texts, tables = run.cfg, np.array(data.class_names), {}, [], []
     classes = range(len(names))
     model.load_state_dict(load_checkpoint(run.file("best.pth"))["model"])
