@@ -418,6 +418,7 @@ class FrozenPart(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
+        """Activations [B, C, h, w], or [B, C] after the pooling."""
         images = torch.stack(tuple(images)).to(self.device).permute(0, 3, 1, 2)  # is channels_last
         return self.layers(self.normalize(images).to(self.dtype))
 
