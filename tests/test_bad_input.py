@@ -1,6 +1,4 @@
 """Bad input gets one line that says what is wrong, exit code 2, and leaves the files on disk as they are."""
-import pickle
-
 import pytest
 import torch
 
