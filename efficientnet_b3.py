@@ -77,6 +77,7 @@ REFIT_HEAD = True  # end on the mean of the trained head and lda's on the fine-t
 
 # Run
 BATCH_SIZE = 32  # training images per step
+SCHEDULE = "cosine"  # of each stage's learning rate: cosine with warm-up, or step, to a tenth after 60 %
 SEED = 0  # of views, folds, order and noise: the same seed gives the same run
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
 AMP = True  # half precision: float16 on CUDA, bfloat16 on processors that have it
@@ -555,9 +556,11 @@ def stages_of(cfg):
             Stage(2, cfg.epochs_stage1, epochs, cfg.lr_stage2, cfg.unfreeze_last_blocks))
 
 
-def learning_rate(stage, done):
-    """The rate after `done` epochs: linear warm-up over a tenth of the stage, then cosine to zero."""
+def learning_rate(stage, done, cfg):
+    """The rate after `done` epochs: one step down, or linear warm-up over a tenth, then cosine to zero."""
     share = (done - stage.before) / (stage.through - stage.before)
+    if cfg.schedule == "step":
+        return stage.lr * (1 if share <= 0.6 else 0.1)
     return stage.lr * (share / 0.1 if share < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (share - 0.1) / 0.9))
 
 
@@ -575,8 +578,10 @@ def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch,
     torch.manual_seed(mix_seed(cfg.seed, epoch))  # an epoch is the same after an interruption
     batches = torch.randperm(len(activations)).to(run.device).split(cfg.batch_size)
     for number, images in enumerate(progress(batches, cfg.batch_size, f"epoch {epoch}"), 1):
+        # The rate of the step's middle: at its end, the last step of a stage would learn nothing.
+        rate = learning_rate(stage, epoch - 1 + (number - 0.5) / len(batches), cfg)
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(stage, epoch - 1 + number / len(batches))
+            group["lr"] = rate * group["factor"]
         features = features_of(blocks, activations[images], run)
         targets, seen = heads.labels[images], heads.seen[:, images]
         judges = heads.folds[images] if cfg.cross_fit else torch.full_like(images, cfg.folds)
@@ -652,7 +657,7 @@ def fit(model, data, state, config, run):
                 model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
                 logits = predict_logits(blocks, model.classifier, val, run)
                 history.append({
-                    "stage": stage.number, "epoch": epoch, "lr": learning_rate(stage, epoch - 0.5),
+                    "stage": stage.number, "epoch": epoch, "lr": learning_rate(stage, epoch - 0.5, cfg),
                     "train_loss": loss, "train_acc": accuracy,
                     "val_loss": F.cross_entropy(logits, labels).item(),
                     "val_acc": (logits.argmax(1) == labels).float().mean().item(),
@@ -976,6 +981,7 @@ CHECKS = (  # constants, their type, what must hold, and that in words
     ("weights", (str, type(None)), lambda v: v != "", "IMAGENET1K_V1, the path of a state dict, or none"),
     ("run_name", str, lambda v: v not in ("", "..") and Path(v).name == v, "a file name without folders"),
     ("head_init", str, lambda v: v in ("lda", "random"), "lda or random"),
+    ("schedule", str, lambda v: v in ("cosine", "step"), "cosine or step"),
     ("img_size", tuple, lambda v: [type(n) for n in v] == [int, int] and 32 <= min(v) and max(v) <= 2048,
      "two sizes from 32 to 2048"),
     ("eval_splits", tuple, lambda v: sorted(v) in (["test"], ["test", "val"], ["val"]), "val, test or both"),

@@ -91,10 +91,17 @@ def test_no_head_learns_from_its_fold_and_a_single_image_is_in_none(options):
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    stage = program.stages_of(program.parse_command_line([]))[1]
-    rates = [program.learning_rate(stage, 8 + 5 * step / 100) for step in range(1, 101)]
+    cfg = program.parse_command_line([])
+    rates = [program.learning_rate(program.stages_of(cfg)[1], 8 + 5 * step / 100, cfg) for step in range(1, 101)]
     assert max(rates) == pytest.approx(1e-4) and rates.index(max(rates)) == 9 and rates[-1] == pytest.approx(0)
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_learning_rate_in_steps_is_a_tenth_after_three_fifths_of_a_stage():
+    cfg = program.parse_command_line(["--schedule", "step"])
+    for stage, high, low in zip(program.stages_of(cfg), (4.5, 10.5), (5.5, 11.5)):
+        assert program.learning_rate(stage, high, cfg) == stage.lr
+        assert program.learning_rate(stage, low, cfg) == pytest.approx(stage.lr / 10)
 
 
 def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss():
@@ -138,8 +145,9 @@ def test_a_run_leaves_a_plain_model_and_all_artefacts(options, tmp_path, capsys)
     assert all(name in files["report.txt"].read_text() for name in ("blue", "precision", "recall"))
 
 
-def test_frozen_means_frozen(options, tmp_path, capsys):
-    program.main(options)
+@pytest.mark.parametrize("extra", [[], ["--batch-size", "64", "--epochs-stage1", "0", "--epochs-stage2", "1"]])
+def test_frozen_means_frozen_and_the_rest_learns_even_from_one_batch(extra, options, tmp_path, capsys):
+    program.main(options + extra)
     after = torch.load(tmp_path / "runs" / "t_last.pth", weights_only=True)["model"]
     run = settings(options)
     images = program.load_data(run.cfg).splits["train"].images
@@ -152,8 +160,9 @@ def test_frozen_means_frozen(options, tmp_path, capsys):
     assert not [key for key in moved if "running_" in key or "num_batches" in key]
 
 
-@pytest.mark.parametrize("extra", [["--unfreeze-last-blocks", "0"], ["--epochs-stage1", "0"], ["--epochs-stage2", "0"],
-                                   ["--head-init", "random", "--no-cross-fit", "--no-refit-head"]])
+@pytest.mark.parametrize("extra", [
+    ["--unfreeze-last-blocks", "0"], ["--epochs-stage1", "0"], ["--epochs-stage2", "0"],
+    ["--head-init", "random", "--schedule", "step", "--no-cross-fit", "--no-refit-head"]])
 def test_the_levers_work(extra, options, tmp_path, capsys):
     assert program.main(options + extra) == 0
     assert json.loads((tmp_path / "runs" / "t_metrics.json").read_text())["splits"]["val"]["images"] == 9
@@ -174,7 +183,7 @@ def test_every_constant_is_an_option_with_its_comment(capsys):
     with pytest.raises(SystemExit) as stop:
         program.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and len(program.CONSTANTS) == 24
+    assert stop.value.code == 0 and len(program.CONSTANTS) == 25
     for name, (_, comment) in program.CONSTANTS.items():
         assert "--" + name.replace("_", "-") in text and comment.split(";")[0][:30] in text
     cfg = program.parse_command_line(["--lr-stage1", "3e-4", "--img-size", "64", "32", "--no-amp"])
