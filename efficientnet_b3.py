@@ -289,11 +289,16 @@ DEMO = dict(data_dir="data/demo_flowers", img_size=(96, 96), views=4, eval_split
 
 def draw_demo_images(folder):
     """Draw 12 pictures of each of 102 species, 8 to train on and 4 to test, as own images would lie there."""
-    for species in progress(range(102), 12, "drawing"):
-        for number in range(12):
-            path = folder / ("train" if number < 8 else "val") / f"species {species + 1:03d}"
-            path.mkdir(parents=True, exist_ok=True)
-            draw_flower(species, number).save(path / f"{number}.png")
+    if (folder / "train").is_dir() and not (folder / "train" / "species 001").is_dir():
+        raise UserError(f"{folder} holds other images than the demo's: leave out --data-dir or set another")
+    try:
+        for species in progress(range(102), 12, "drawing"):
+            for number in range(12):
+                path = folder / ("train" if number < 8 else "val") / f"species {species + 1:03d}"
+                path.mkdir(parents=True, exist_ok=True)
+                draw_flower(species, number).save(path / f"{number}.png")
+    except OSError as error:
+        raise UserError(f"cannot draw into {folder} ({one_line(error)}): set --data-dir to another") from None
 
 
 def draw_flower(species, number, size=96):
@@ -813,12 +818,13 @@ def most_confused(confusion, class_names, limit=12):
             for count, total, t, p in cells[:limit]]
 
 
-def plot_curves(history, key, label):
+def plot_curves(history, key, label, cross_fit):
     """Training and validation `key` ("loss", or "acc" in %) over the epochs of both stages."""
     table, best, scale = pd.DataFrame(history), best_epoch(history), 100 if key == "acc" else 1
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes, (blue, orange, green) = figure.subplots(), sns.color_palette("colorblind")[:3]
-    for part, name, colour in (("train", "training (left-out folds)", blue), ("val", "validation", orange)):
+    training = "training (left-out folds)" if cross_fit else "training"
+    for part, name, colour in (("train", training, blue), ("val", "validation", orange)):
         axes.plot(table.epoch, scale * table[f"{part}_{key}"], ".-", c=colour, lw=2, label=name)
     height = scale * best[f"val_{key}"]
     words = f"best epoch: {best['epoch']}, " + (f"{height:.1f} %" if key == "acc" else f"loss {height:.3f}")
@@ -932,8 +938,8 @@ def report(model, data, history, run):
             write_file(run.file("mistakes.png"), png_bytes(figure, dpi=100))
             figure = plot_confusion_matrix(confusion, names, name)
             write_file(run.file("confusion_matrix.png"), png_bytes(figure))
-    write_file(run.file("loss.png"), png_bytes(plot_curves(history, "loss", "Cross-entropy loss")))
-    write_file(run.file("acc.png"), png_bytes(plot_curves(history, "acc", "Accuracy (%)")))
+    for key, label in (("loss", "Cross-entropy loss"), ("acc", "Accuracy (%)")):
+        write_file(run.file(f"{key}.png"), png_bytes(plot_curves(history, key, label, cfg.cross_fit)))
     write_file(run.file("report.txt"), "\n\n".join(texts))
     write_file(run.file("history.csv"), pd.DataFrame(history).to_csv(index=False))
     write_file(run.file("predictions.csv"), pd.concat(tables).to_csv(index=False))
