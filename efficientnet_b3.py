@@ -55,6 +55,7 @@ DATA_DIR = "data"  # folder of Flowers-102 (downloaded if missing), or of train/
 IMG_SIZE = (300, 300)  # height and width in pixels
 VIEWS = 8  # augmented views of each training image; epoch e trains on view e mod VIEWS
 EVAL_SPLITS = ("val", "test")  # splits that the report covers: val, test or both
+TEST_TIME_FLIP = False  # report also, and predict by, the mean over image and mirror image
 NUM_WORKERS = -1  # processes that decode and augment; -1: one per core, 0: none but the main one
 
 # Model
@@ -429,14 +430,21 @@ class FrozenPart(nn.Module):
         return self.layers(self.normalize(images).to(self.dtype))
 
 
-def cache_activations(frozen, split, data, run, augment=False):
-    """What `frozen` says about the images of a split, or about VIEWS augmented views of each.
+def with_mirror_images(images, cfg):
+    """Images uint8 [N, H, W, 3], followed by their mirror images if TEST_TIME_FLIP asks for them."""
+    return torch.cat([images, images.flip(2)]) if cfg.test_time_flip else images
 
-    Returns activations [views, N, C, h, w] ([views, N, C] after pooling). A second call costs nothing.
+
+def cache_activations(frozen, split, data, run, augment=False):
+    """What `frozen` says about a split: VIEWS augmented views of each image, or the image as it is.
+
+    Returns activations [views, N, C, h, w] ([views, N, C] after pooling); a second view of an image that is
+    not augmented is its mirror image. A second call costs nothing.
     """
     if split not in run.activations:
         images, size, part = data.splits[split].images, run.inference_batch_size, FrozenPart(frozen, run)
-        views, on_cpu = AugmentedViews(images, run.cfg) if augment else images, run.device.type == "cpu"
+        views = AugmentedViews(images, run.cfg) if augment else with_mirror_images(images, run.cfg)
+        on_cpu = run.device.type == "cpu"
         # A GPU is fed by all processes; processors are busiest when each one takes its batches all the way.
         batches = batches_of(views, size, run.cfg, collate=part if on_cpu else torch.stack)
         with run.phase(f"frozen part, {split}"):
@@ -471,7 +479,8 @@ def check_memory(frozen, data, run):
     with torch.no_grad():
         one = frozen(torch.zeros(1, 3, *run.cfg.img_size, device=run.device)).numel() * run.dtype.itemsize
     images = {name: len(split.labels) for name, split in data.splits.items()}
-    need, there = one * (sum(images.values()) + (run.cfg.views - 1) * images["train"]), math.inf
+    evaluated = (1 + run.cfg.test_time_flip) * (sum(images.values()) - images["train"])
+    need, there = one * (run.cfg.views * images["train"] + evaluated), math.inf
     if run.device.type == "cuda":
         there = torch.cuda.mem_get_info(run.device)[0]
     elif hasattr(os, "sysconf"):
@@ -635,7 +644,7 @@ def fit(model, data, state, config, run):
         return history
     frozen, _ = split_model(model, cfg.unfreeze_last_blocks)
     train_cut = cache_activations(frozen, "train", data, run, augment=True)
-    val_cut = cache_activations(frozen, "val", data, run)
+    val_cut = cache_activations(frozen, "val", data, run)[:1]
     heads = Heads(data.splits["train"].labels, model.classifier[1], cfg)
     if state:
         heads.load_state_dict(state["heads"])
@@ -692,7 +701,8 @@ def print_epoch(history):
 RUN_FILES = ("best.pth", "last.pth", "loss.png", "acc.png", "confusion_matrix.png", "mistakes.png",
              "report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json")
 # Constants that say where, how fast or how much to tell; weights, images and precision count as they are.
-WITHOUT_EFFECT = {"data_dir", "num_workers", "eval_splits", "weights", "device", "amp", "run_name", "out_dir"}
+WITHOUT_EFFECT = {"data_dir", "eval_splits", "test_time_flip", "num_workers", "weights", "device", "amp",
+                  "run_name", "out_dir"}
 
 
 def write_file(path, content):
@@ -917,18 +927,22 @@ def report(model, data, history, run):
     model.load_state_dict(load_checkpoint(run.file("best.pth"))["model"])
     frozen, blocks = split_model(model.eval(), cfg.unfreeze_last_blocks)
     for name in cfg.eval_splits:
-        split, activations = data.splits[name], cache_activations(frozen, name, data, run)[0]
-        probabilities = predict_logits(blocks, model.classifier, activations, run).softmax(1)
+        split, views = data.splits[name], cache_activations(frozen, name, data, run)
+        of_views = [predict_logits(blocks, model.classifier, view, run).softmax(1) for view in views]
+        probabilities = of_views[0]
         values, likeliest = (top.numpy() for top in probabilities.topk(min(5, len(names))))
         labels, predicted = split.labels.numpy(), likeliest[:, 0]
         confusion = confusion_matrix(labels, predicted, labels=classes)
         metrics[name] = measure(probabilities, split.labels)
+        if cfg.test_time_flip:
+            metrics[f"{name} flip"] = measure(sum(of_views) / 2, split.labels)
         f1 = pd.Series(f1_score(labels, predicted, labels=classes, average=None, zero_division=0), names)
         worst = f1.nsmallest(10).to_string(float_format="%.3f")
         pairs = "\n".join(" ".join(pair) for pair in most_confused(confusion, names))
         table = classification_report(labels, predicted, labels=classes, target_names=names, digits=3,
                                       zero_division=0)
-        texts += [summary(name, metrics[name]), f"lowest F1\n{worst}", f"most confused\n{pairs}", table]
+        texts += [f"lowest F1, {name}\n{worst}", f"most confused, {name}\n{pairs}",
+                  f"each class, {name}\n{table}"]
         tables.append(pd.DataFrame({
             "file": [os.path.relpath(path, cfg.data_dir) for path in split.paths], "split": name,
             "true": names[labels], "predicted": names[predicted], "probability": values[:, 0].round(4),
@@ -940,7 +954,7 @@ def report(model, data, history, run):
             write_file(run.file("confusion_matrix.png"), png_bytes(figure))
     for key, label in (("loss", "Cross-entropy loss"), ("acc", "Accuracy (%)")):
         write_file(run.file(f"{key}.png"), png_bytes(plot_curves(history, key, label, cfg.cross_fit)))
-    write_file(run.file("report.txt"), "\n\n".join(texts))
+    write_file(run.file("report.txt"), "\n\n".join([*map(summary, metrics, metrics.values()), *texts]))
     write_file(run.file("history.csv"), pd.DataFrame(history).to_csv(index=False))
     write_file(run.file("predictions.csv"), pd.concat(tables).to_csv(index=False))
     return metrics
@@ -963,10 +977,12 @@ def predict(run):
     features = FrozenPart(nn.Sequential(model.features, model.avgpool, nn.Flatten()), run)
     size = run.inference_batch_size
     for chunk in (paths[start:start + 2048] for start in range(0, len(paths), 2048)):
-        images, unreadable = decode(chunk, run.cfg)
+        decoded, unreadable = decode(chunk, run.cfg)
+        images = with_mirror_images(decoded, run.cfg)
         with torch.no_grad():
-            pooled = collected(map(features, progress(images.split(size), size, "predicting")), len(chunk))
-            values, likeliest = model.classifier(pooled.float()).softmax(1).cpu().topk(min(5, len(names)))
+            pooled = collected(map(features, progress(images.split(size), size, "predicting")), len(images))
+            probabilities = model.classifier(pooled.float()).softmax(1).unflatten(0, (-1, len(chunk))).mean(0)
+            values, likeliest = probabilities.cpu().topk(min(5, len(names)))
         for path, *five in zip(chunk, values.tolist(), likeliest.tolist()):
             if path in unreadable:
                 print(f"{path}: cannot be read ({unreadable[path]})", file=sys.stderr)
@@ -998,7 +1014,7 @@ CHECKS = (  # constants, their type, what must hold, and that in words
     ("views batch_size", int, lambda v: 1 <= v < 2**31, "a whole number, 1 or more"),
     ("shrinkage", (int, float), lambda v: 0 < v <= 1, "above 0, at most 1"),
     ("lr_stage1 lr_stage2 blocks_lr_factor", (int, float), lambda v: 0 < v < math.inf, "a number above 0"),
-    ("cross_fit refit_head amp deterministic", bool, lambda v: True, "True or False"),
+    ("test_time_flip cross_fit refit_head amp deterministic", bool, lambda v: True, "True or False"),
 )
 
 
@@ -1102,7 +1118,7 @@ def train_and_report(run):
     constants = {name: getattr(cfg, name) for name in CONSTANTS}
     write_file(run.file("config.json"), json.dumps(constants | config, indent=1) + "\n")
     print(f"\nbest       epoch {content['best_epoch']} of {len(history)}")
-    print(*(summary(name, metrics[name]) for name in cfg.eval_splits), sep="\n")
+    print(*map(summary, metrics, metrics.values()), sep="\n")
     print(f"files      {run.file('*')}\ntime       {time.perf_counter() - start:.0f} s")
 
 

@@ -51,6 +51,21 @@ def test_predict_prints_names_and_goes_on_after_a_broken_file(options, own_image
     assert program.main(single + ["--num-workers", "0"]) == 0
 
 
+def test_with_test_time_flip_an_image_and_its_mirror_image_are_the_same(options, tmp_path, capsys):
+    program.main(options)
+    for name, step in (("plain", 1), ("mirrored", -1)):
+        pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)[:, ::step]
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    told = {}
+    for extra in ("--test-time-flip", "--no-test-time-flip"):
+        for name in ("plain", "mirrored"):
+            capsys.readouterr()
+            program.main(options + [extra, "--no-amp", "--predict", str(tmp_path / f"{name}.png")])
+            told[extra, name] = capsys.readouterr().out.splitlines()[1:]
+    assert len(told["--test-time-flip", "plain"]) == 3
+    assert told["--test-time-flip", "plain"] == told["--test-time-flip", "mirrored"]
+
+
 def test_demo_from_end_to_end(tmp_path):
     command = [sys.executable, program.__file__, "--demo", "--data-dir", str(tmp_path / "flowers"), "--out-dir",
                str(tmp_path / "runs")]

@@ -120,7 +120,7 @@ def test_metrics_against_figures_by_hand():
 
 
 def test_a_run_leaves_a_plain_model_and_all_artefacts(options, tmp_path, capsys):
-    assert program.main(options + ["--no-amp", "--eval-splits", "val", "test"]) == 0
+    assert program.main(options + ["--no-amp", "--eval-splits", "val", "test", "--test-time-flip"]) == 0
     printed = capsys.readouterr()
     assert printed.err == "" and "accuracy" in printed.out and "trained in stage 1" in printed.out
     files = {name: tmp_path / "runs" / f"t_{name}" for name in program.RUN_FILES}
@@ -136,8 +136,12 @@ def test_a_run_leaves_a_plain_model_and_all_artefacts(options, tmp_path, capsys)
     data = program.load_data(program.parse_command_line(options))
     images = program.make_transforms((32, 32)).normalize(data.splits["val"].images.permute(0, 3, 1, 2))
     with torch.no_grad():
-        accuracy = (model(images).argmax(1) == data.splits["val"].labels).float().mean().item()
+        probabilities, mirrored = model(images).softmax(1), model(images.flip(3)).softmax(1)
+    accuracy = (probabilities.argmax(1) == data.splits["val"].labels).float().mean().item()
     figures = json.loads(files["metrics.json"].read_text())["splits"]
+    loss_with_flip = program.measure((probabilities + mirrored) / 2, data.splits["val"].labels)["log_loss"]
+    assert figures["val flip"]["log_loss"] == pytest.approx(loss_with_flip, abs=1e-5)
+    assert abs(loss_with_flip - figures["val"]["log_loss"]) > 1e-4 and list(figures)[2:] == ["test", "test flip"]
     assert figures["val"]["accuracy"] == pytest.approx(accuracy) and figures["test"]["images"] == 6
     rows = list(csv.DictReader(files["predictions.csv"].open()))
     assert len(rows) == 15 and {row["split"] for row in rows} == {"val", "test"}
@@ -183,7 +187,7 @@ def test_every_constant_is_an_option_with_its_comment(capsys):
     with pytest.raises(SystemExit) as stop:
         program.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and len(program.CONSTANTS) == 25
+    assert stop.value.code == 0 and len(program.CONSTANTS) == 26
     for name, (_, comment) in program.CONSTANTS.items():
         assert "--" + name.replace("_", "-") in text and comment.split(";")[0][:30] in text
     cfg = program.parse_command_line(["--lr-stage1", "3e-4", "--img-size", "64", "32", "--no-amp"])
