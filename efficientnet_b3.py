@@ -39,6 +39,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Flowers102, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -67,18 +68,17 @@ FOLDS = 5  # parts of the training images for cross-fitting and for the temperat
 
 # Stage 1: the head on the frozen backbone
 EPOCHS_STAGE1 = 8  # passes over the training images
-LR_STAGE1 = 1e-3  # peak learning rate
+LR_STAGE1 = 1e-3  # learning rate; a tenth of it in the last two fifths of the epochs
 
 # Stage 2: fine-tuning
 EPOCHS_STAGE2 = 5  # passes over the training images
-LR_STAGE2 = 1e-4  # peak learning rate of the head
-BLOCKS_LR_FACTOR = 5.0  # times LR_STAGE2 is the peak learning rate of the unfrozen blocks
+LR_STAGE2 = 1e-4  # learning rate of the head; a tenth of it in the last two fifths of the epochs
+BLOCKS_LR_FACTOR = 5.0  # times LR_STAGE2 is the learning rate of the unfrozen blocks
 CROSS_FIT = True  # blocks learn from a head that has not seen the image; off: from the head of all images
 REFIT_HEAD = True  # end on the mean of the trained head and lda's on the fine-tuned features
 
 # Run
 BATCH_SIZE = 32  # training images per step
-SCHEDULE = "cosine"  # of each stage's learning rate: cosine with warm-up, or step, to a tenth after 60 %
 SEED = 0  # of views, folds, order and noise: the same seed gives the same run
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
 AMP = True  # half precision: float16 on CUDA, bfloat16 on processors that have it
@@ -570,21 +570,13 @@ def stages_of(cfg):
             Stage(2, cfg.epochs_stage1, epochs, cfg.lr_stage2, cfg.unfreeze_last_blocks))
 
 
-def learning_rate(stage, done, cfg):
-    """The rate after `done` epochs: one step down, or linear warm-up over a tenth, then cosine to zero."""
-    share = (done - stage.before) / (stage.through - stage.before)
-    if cfg.schedule == "step":
-        return stage.lr * (1 if share <= 0.6 else 0.1)
-    return stage.lr * (share / 0.1 if share < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (share - 0.1) / 0.9))
-
-
 def features_of(blocks, activations, run):
     """Pooled features float32 [B, D] of a batch of activations."""
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
         return blocks(activations).float()
 
 
-def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch, run):
+def train_one_epoch(blocks, heads, activations, optimizer, scaler, epoch, run):
     """One pass over `activations` [N, ...] in random order: mean loss and accuracy (CROSS_FIT: left-out)."""
     cfg, loss_sum, right = run.cfg, 0.0, 0
     for module in blocks.modules():  # BatchNorm keeps its statistics: a batch of 32 would estimate worse ones
@@ -592,10 +584,6 @@ def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch,
     torch.manual_seed(mix_seed(cfg.seed, epoch))  # an epoch is the same after an interruption
     batches = torch.randperm(len(activations)).to(run.device).split(cfg.batch_size)
     for number, images in enumerate(progress(batches, cfg.batch_size, f"epoch {epoch}"), 1):
-        # The rate of the step's middle: at its end, the last step of a stage would learn nothing.
-        rate = learning_rate(stage, epoch - 1 + (number - 0.5) / len(batches), cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
         features = features_of(blocks, activations[images], run)
         targets, seen = heads.labels[images], heads.seen[:, images]
         judges = heads.folds[images] if cfg.cross_fit else torch.full_like(images, cfg.folds)
@@ -605,7 +593,7 @@ def train_one_epoch(blocks, heads, activations, optimizer, scaler, stage, epoch,
         loss_of_heads = F.cross_entropy(logits_of_heads, targets_of_heads, reduction="sum") / len(images)
         if not torch.isfinite(loss + loss_of_heads):
             raise RunError(f"the loss is {(loss + loss_of_heads).item()} in epoch {epoch}, batch {number}: "
-                           f"lower LR_STAGE{stage.number} or set AMP to False; earlier epochs are saved")
+                           "lower LR_STAGE1 or LR_STAGE2, or set AMP to False; earlier epochs are saved")
         optimizer.zero_grad()
         scaler.scale(loss + loss_of_heads).backward()
         scaler.step(optimizer)
@@ -653,11 +641,14 @@ def fit(model, data, state, config, run):
             continue
         frozen_now, blocks = split_model(model, stage.blocks)
         beyond = frozen_now[len(frozen):]  # stage 1 is frozen beyond the cut, up to the head
-        optimizer = torch.optim.Adam([{"params": heads.parameters(), "factor": 1.0},
-                                      {"params": blocks.parameters(), "factor": cfg.blocks_lr_factor}])
+        optimizer = torch.optim.Adam([
+            {"params": heads.parameters(), "lr": stage.lr},
+            {"params": blocks.parameters(), "lr": stage.lr * cfg.blocks_lr_factor}])
+        scheduler = StepLR(optimizer, max(1, math.ceil(0.6 * (stage.through - stage.before))), gamma=0.1)
         scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         if len(history) > stage.before:
             optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
             scaler.load_state_dict(state["scaler"])
         with run.phase(f"stage {stage.number}"):
             train, val = pass_through(beyond, train_cut, run), pass_through(beyond, val_cut, run)[0]
@@ -665,19 +656,20 @@ def fit(model, data, state, config, run):
                 heads.solve(train, cfg.shrinkage)
             for epoch in range(len(history) + 1, stage.through + 1):
                 start, view = time.perf_counter(), train[(epoch - 1) % cfg.views]
-                loss, accuracy = train_one_epoch(blocks, heads, view, optimizer, scaler, stage, epoch, run)
+                loss, accuracy = train_one_epoch(blocks, heads, view, optimizer, scaler, epoch, run)
                 if epoch == stage.through and stage.blocks and cfg.refit_head:
                     refit(heads, blocks, train, run)
                 model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
                 logits = predict_logits(blocks, model.classifier, val, run)
                 history.append({
-                    "stage": stage.number, "epoch": epoch, "lr": learning_rate(stage, epoch - 0.5, cfg),
+                    "stage": stage.number, "epoch": epoch, "lr": scheduler.get_last_lr()[0],
                     "train_loss": loss, "train_acc": accuracy,
                     "val_loss": F.cross_entropy(logits, labels).item(),
                     "val_acc": (logits.argmax(1) == labels).float().mean().item(),
                     "seconds": time.perf_counter() - start})
+                scheduler.step()
                 trainer = {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                           "scaler": scaler.state_dict()}
+                           "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}
                 save_epoch(model, data, history, config, trainer, run)
                 print_epoch(history)
     return history
@@ -1003,7 +995,6 @@ CHECKS = (  # constants, their type, what must hold, and that in words
     ("weights", (str, type(None)), lambda v: v != "", "IMAGENET1K_V1, the path of a state dict, or none"),
     ("run_name", str, lambda v: v not in ("", "..") and Path(v).name == v, "a file name without folders"),
     ("head_init", str, lambda v: v in ("lda", "random"), "lda or random"),
-    ("schedule", str, lambda v: v in ("cosine", "step"), "cosine or step"),
     ("img_size", tuple, lambda v: [type(n) for n in v] == [int, int] and 32 <= min(v) and max(v) <= 2048,
      "two sizes from 32 to 2048"),
     ("eval_splits", tuple, lambda v: sorted(v) in (["test"], ["test", "val"], ["val"]), "val, test or both"),

@@ -33,7 +33,7 @@ ROWS = [
     (["--eval-splits", "val", "val"], "EVAL_SPLITS"), (["--num-workers", "-2"], "NUM_WORKERS"),
     (["--num-workers", "many"], "--num-workers"), (["--unfreeze-last-blocks", "-1"], "UNFREEZE_LAST_BLOCKS"),
     (["--unfreeze-last-blocks", "10"], "UNFREEZE_LAST_BLOCKS"), (["--head-init", "zero"], "HEAD_INIT"),
-    (["--schedule", "linear"], "SCHEDULE"), (["--demo"], "--data-dir"),
+    (["--demo"], "--data-dir"),
     (["--demo", "--data-dir", "{own}/train/red/0.png"], "--data-dir"),
     (["--shrinkage", "0"], "SHRINKAGE"), (["--shrinkage", "1.1"], "SHRINKAGE"), (["--shrinkage", "nan"], "SHRINKAGE"),
     (["--folds", "1"], "FOLDS"), (["--epochs-stage1", "-1"], "EPOCHS_STAGE1"),

@@ -42,12 +42,13 @@ def same(a, b):
 
 
 def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, monkeypatch, capsys):
-    """Checkpoints are put in place 4 to 6 times in 3 epochs; the run is killed at each of these moments and after."""
-    options = options + ["--epochs-stage1", "1"]
+    """Checkpoints are put in place 5 to 8 times in 4 epochs, the last one at a tenth of the rate; the run is killed at
+    each of these moments and after."""
+    options = options + ["--epochs-stage1", "1", "--epochs-stage2", "3"]
     program.main(options)
     whole = [checkpoint(tmp_path / "runs", name) for name in ("best", "last")]
     replace = os.replace
-    for moment in range(1, 8):
+    for moment in range(1, 10):
         folder, calls = tmp_path / f"killed{moment}", []
 
         def replace_or_die(source, target):

@@ -90,18 +90,10 @@ def test_no_head_learns_from_its_fold_and_a_single_image_is_in_none(options):
     assert (seen[:-1, :6].sum(0) == 1).all()  # of two heads, each image is left out by one
 
 
-def test_learning_rate_warms_up_and_ends_at_zero():
-    cfg = program.parse_command_line([])
-    rates = [program.learning_rate(program.stages_of(cfg)[1], 8 + 5 * step / 100, cfg) for step in range(1, 101)]
-    assert max(rates) == pytest.approx(1e-4) and rates.index(max(rates)) == 9 and rates[-1] == pytest.approx(0)
-    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
-
-
-def test_learning_rate_in_steps_is_a_tenth_after_three_fifths_of_a_stage():
-    cfg = program.parse_command_line(["--schedule", "step"])
-    for stage, high, low in zip(program.stages_of(cfg), (4.5, 10.5), (5.5, 11.5)):
-        assert program.learning_rate(stage, high, cfg) == stage.lr
-        assert program.learning_rate(stage, low, cfg) == pytest.approx(stage.lr / 10)
+def test_learning_rate_falls_to_a_tenth_after_three_fifths_of_each_stage(options, tmp_path, capsys):
+    program.main(options + ["--epochs-stage2", "5"])
+    rates = [float(row["lr"]) for row in csv.DictReader((tmp_path / "runs" / "t_history.csv").open())]
+    assert rates == pytest.approx([1e-3, 1e-3] + [1e-4] * 3 + [1e-5] * 2)
 
 
 def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss():
@@ -166,7 +158,7 @@ def test_frozen_means_frozen_and_the_rest_learns_even_from_one_batch(extra, opti
 
 @pytest.mark.parametrize("extra", [
     ["--unfreeze-last-blocks", "0"], ["--epochs-stage1", "0"], ["--epochs-stage2", "0"],
-    ["--head-init", "random", "--schedule", "step", "--no-cross-fit", "--no-refit-head"]])
+    ["--head-init", "random", "--no-cross-fit", "--no-refit-head", "--blocks-lr-factor", "1"]])
 def test_the_levers_work(extra, options, tmp_path, capsys):
     assert program.main(options + extra) == 0
     assert json.loads((tmp_path / "runs" / "t_metrics.json").read_text())["splits"]["val"]["images"] == 9
@@ -187,7 +179,7 @@ def test_every_constant_is_an_option_with_its_comment(capsys):
     with pytest.raises(SystemExit) as stop:
         program.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and len(program.CONSTANTS) == 26
+    assert stop.value.code == 0 and len(program.CONSTANTS) == 25
     for name, (_, comment) in program.CONSTANTS.items():
         assert "--" + name.replace("_", "-") in text and comment.split(";")[0][:30] in text
     cfg = program.parse_command_line(["--lr-stage1", "3e-4", "--img-size", "64", "32", "--no-amp"])
