@@ -764,7 +764,7 @@ def find_state(config, run):
     if run.file("last.pth").exists() and not run.cfg.fresh:
         try:
             state, best = load_checkpoint(run.file("last.pth")), load_checkpoint(run.file("best.pth"))
-            changed = [key for key in config if config[key] != state["config"].get(key)]
+            changed = [key for key in config | state["config"] if config.get(key) != state["config"].get(key)]
             if not changed and best["config"] == config:
                 return state
             reason = f"changed: {listing(changed, 9)}" if changed else "the best checkpoint is of another run"

@@ -137,6 +137,17 @@ def test_a_changed_run_moves_the_old_files_aside(change, extra, reason, options,
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
 
 
+def test_a_run_with_a_constant_that_is_no_more_is_moved_aside_and_named(options, tmp_path, capsys):
+    options = options + ONE_EPOCH
+    program.main(options)
+    for path in (tmp_path / "runs" / "t_best.pth", tmp_path / "runs" / "t_last.pth"):
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"config": state["config"] | {"schedule": "cosine"}}, path)
+    capsys.readouterr()
+    assert program.main(options) == 0
+    assert "changed: schedule" in capsys.readouterr().out and (tmp_path / "runs" / "t_old1").exists()
+
+
 @pytest.mark.parametrize("damage", [lambda runs: (runs / "t_last.pth").write_bytes(b"PK\x03\x04 broken"),
                                     lambda runs: (runs / "t_best.pth").unlink(),
                                     lambda runs: torch.save({"model": {}}, runs / "t_last.pth")])
