@@ -12,6 +12,7 @@ A run leaves checkpoints, curves, confusion matrix, mistakes, report and metrics
 import argparse
 import copy
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -30,7 +31,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from joblib import cpu_count  # of those that this process may use
+from joblib import cpu_count  # cores that this process may use, limits of a container included
 from matplotlib.colors import PowerNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -54,7 +55,7 @@ from tqdm import tqdm
 # Data
 DATA_DIR = "data"  # folder of Flowers-102 (downloaded if missing), or of train/, val/ [and test/] of your own
 IMG_SIZE = (300, 300)  # height and width in pixels
-VIEWS = 8  # augmented views of each training image; epoch e trains on view e mod VIEWS
+VIEWS = 8  # augmented views of each training image; epoch e trains on view e - 1 mod VIEWS
 EVAL_SPLITS = ("val", "test")  # splits that the report covers: val, test or both
 TEST_TIME_FLIP = False  # report also, and predict by, the mean over image and mirror image
 NUM_WORKERS = -1  # processes that decode and augment; -1: one per core, 0: none but the main one
@@ -63,7 +64,7 @@ NUM_WORKERS = -1  # processes that decode and augment; -1: one per core, 0: none
 WEIGHTS = "IMAGENET1K_V1"  # pretrained weights: IMAGENET1K_V1, the path of a state dict, or none
 UNFREEZE_LAST_BLOCKS = 2  # of the 9 feature blocks, how many stage 2 trains; 0: the head alone
 HEAD_INIT = "lda"  # the head's start: lda, linear discriminant analysis in closed form, or random
-SHRINKAGE = 0.3  # of lda's covariance matrix: near 0 as measured, 1 all features alike
+SHRINKAGE = 0.3  # of lda's covariance matrix: near 0 as measured, 1 a multiple of the identity
 FOLDS = 5  # parts of the training images for cross-fitting and for the temperature
 
 # Stage 1: the head on the frozen backbone
@@ -290,8 +291,8 @@ DEMO = dict(data_dir="data/demo_flowers", img_size=(96, 96), views=4, eval_split
 
 def draw_demo_images(folder):
     """Draw 12 pictures of each of 102 species, 8 to train on and 4 to test, as own images would lie there."""
-    if (folder / "train").is_dir() and not (folder / "train" / "species 001").is_dir():
-        raise UserError(f"{folder} holds other images than the demo's: leave out --data-dir or set another")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "train" / "species 001").is_dir():
+        raise UserError(f"{folder} holds other files than the demo's: leave out --data-dir or set another")
     try:
         for species in progress(range(102), 12, "drawing"):
             for number in range(12):
@@ -349,7 +350,7 @@ def load_pretrained(weights):
             state = EfficientNet_B3_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = {key: value.float() for key, value in state.get("model", state).items()
+        state = {key: value.detach().float() for key, value in state.get("model", state).items()
                  if "classifier." not in key}
         build_model(2, state)
         return state
@@ -366,11 +367,10 @@ def split_model(model, blocks):
     Both are sequences of the model's own layers: training the one trains the model. The pooling ends the
     unfrozen sequence, or, where no block is unfrozen, the frozen one.
     """
-    cut = len(model.features) - blocks
-    frozen, unfrozen = list(model.features[:cut]), list(model.features[cut:])
-    (unfrozen if blocks else frozen).extend([model.avgpool, nn.Flatten()])
+    layers = nn.Sequential(*model.features, model.avgpool, nn.Flatten())
+    cut = len(model.features) - blocks if blocks else len(layers)
     model.requires_grad_(False)
-    return nn.Sequential(*frozen), nn.Sequential(*unfrozen).requires_grad_(True)
+    return layers[:cut], layers[cut:].requires_grad_(True)
 
 
 def start_without_pretraining(model, images, run):
@@ -494,8 +494,9 @@ def check_memory(frozen, data, run):
 #
 # Ten images per class are few: a head soon knows its training images by heart, and its loss on them says
 # nothing of other images. So FOLDS + 1 heads are trained side by side: head k never sees the images of fold
-# k, the last one sees all and goes into the model. What the heads say of their left-out images is honest: the
-# unfrozen blocks learn from it, and it sets the temperature (cross-fitting, Chernozhukov et al., 2018).
+# k, the last one sees all and goes into the model. What a head says of images that it has not seen sets the
+# temperature, and the unfrozen blocks learn from it (cross-fitting, Chernozhukov et al., 2018). On a frozen
+# backbone that is as honest as validation; blocks that are trained have seen those images themselves.
 
 
 class Heads(nn.Module):
@@ -637,7 +638,7 @@ def fit(model, data, state, config, run):
     if state:
         heads.load_state_dict(state["heads"])
     for stage in stages_of(cfg):
-        if history and len(history) >= stage.through:
+        if history and len(history) >= stage.through:  # a stage 1 of no epochs still solves the head
             continue
         frozen_now, blocks = split_model(model, stage.blocks)
         beyond = frozen_now[len(frozen):]  # stage 1 is frozen beyond the cut, up to the head
@@ -753,7 +754,7 @@ def fingerprint(data, pretrained, run):
     for key, value in sorted((pretrained or {}).items()):
         weights.update(key.encode() + value.numpy().tobytes())
     constants = {name: getattr(run.cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT}
-    return {**constants, "transforms": repr(make_transforms(run.cfg.img_size)),
+    return {**constants, "transforms": inspect.getsource(make_transforms),
             "images_sha256": images.hexdigest(), "weights_sha256": weights.hexdigest(),
             "device_type": run.device.type, "precision": str(run.dtype)}
 
@@ -966,7 +967,7 @@ def predict(run):
     state = load_checkpoint(Path(run.cfg.checkpoint) if run.cfg.checkpoint else run.file("best.pth"))
     run.cfg.img_size, names = state["config"]["img_size"], state["class_names"]
     model = build_model(len(names), state["model"]).to(run.device)
-    features = FrozenPart(nn.Sequential(model.features, model.avgpool, nn.Flatten()), run)
+    features = FrozenPart(split_model(model, 0)[0], run)
     size = run.inference_batch_size
     for chunk in (paths[start:start + 2048] for start in range(0, len(paths), 2048)):
         decoded, unreadable = decode(chunk, run.cfg)
@@ -989,7 +990,7 @@ def predict(run):
 # The constants of the Configuration section by lower-case name: (value, its comment in this very file).
 SOURCE = Path(__file__).read_text(encoding="utf-8").split("# ---- Configuration")[1].split("# ---- Run")[0]
 CONSTANTS = {name.lower(): (globals()[name], comment)
-             for name, comment in re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SOURCE, re.MULTILINE)}
+             for name, comment in re.findall(r"^([A-Z]\w+) = .+?(?:  # (.+))?$", SOURCE, re.MULTILINE)}
 CHECKS = (  # constants, their type, what must hold, and that in words
     ("data_dir device out_dir", str, lambda v: v, "a text"),
     ("weights", (str, type(None)), lambda v: v != "", "IMAGENET1K_V1, the path of a state dict, or none"),
@@ -1018,9 +1019,12 @@ def parse_command_line(argv):
     parser.add_argument("--predict", nargs="+", metavar="PATH", help="name the flowers in images and folders")
     parser.add_argument("--checkpoint", metavar="FILE", help="with --predict: another than the run's best")
     group = parser.add_argument_group("constants")
+    fractions = {name for names, kind, *_ in CHECKS if kind == (int, float) for name in names.split()}
     for name, (value, comment) in CONSTANTS.items():
         shown, how = value, {"type": str if value is None else type(value), "metavar": "X"}
-        if isinstance(value, bool):
+        if name in fractions and isinstance(value, int):
+            how["type"] = float
+        elif isinstance(value, bool):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(value, tuple):
             shown, how = " ".join(map(str, value)), {"type": type(value[0]), "nargs": "+", "metavar": "X"}
@@ -1102,6 +1106,8 @@ def train_and_report(run):
     elif pretrained is None:
         start_without_pretraining(model, data.splits["train"].images, run)
     history = fit(model, data, state, config, run)
+    for name in cfg.eval_splits:
+        cache_activations(frozen, name, data, run)
     with run.phase("reports"):
         metrics = report(model, data, history, run)
     content = {"best_epoch": best_epoch(history)["epoch"], "splits": metrics, "seconds": run.seconds}
@@ -1132,12 +1138,13 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         # A processor's allocator and a worker that the system has killed raise a plain RuntimeError.
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
-                "you tried to allocate|DataLoader worker", str(error)):
+                r"you tried to allocate|DataLoader worker \(pid", str(error)):
             raise
         code, message = 1, f"error: out of memory: lower BATCH_SIZE, VIEWS or IMG_SIZE ({one_line(error)})"
     except KeyboardInterrupt as error:
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
-        message = "stopped: finished epochs are saved; the same command without --fresh continues after them"
+        message = "stopped" + ("" if cfg.predict else
+                               ": finished epochs are saved; the same command without --fresh continues")
     print(message, file=sys.stderr)
     return code
 

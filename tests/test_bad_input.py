@@ -34,6 +34,7 @@ ROWS = [
     (["--num-workers", "many"], "--num-workers"), (["--unfreeze-last-blocks", "-1"], "UNFREEZE_LAST_BLOCKS"),
     (["--unfreeze-last-blocks", "10"], "UNFREEZE_LAST_BLOCKS"), (["--head-init", "zero"], "HEAD_INIT"),
     (["--demo"], "--data-dir"),
+    (["--demo", "--data-dir", "{own}/test"], "--data-dir"),
     (["--demo", "--data-dir", "{own}/train/red/0.png"], "--data-dir"),
     (["--shrinkage", "0"], "SHRINKAGE"), (["--shrinkage", "1.1"], "SHRINKAGE"), (["--shrinkage", "nan"], "SHRINKAGE"),
     (["--folds", "1"], "FOLDS"), (["--epochs-stage1", "-1"], "EPOCHS_STAGE1"),

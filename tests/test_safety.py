@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 import efficientnet_b3 as program
 
@@ -116,6 +117,16 @@ def other_transforms(_monkeypatch, _images):
     _monkeypatch.setattr(program, "make_transforms", lambda _size: size._replace(augment=size.augment.transforms[0]))
 
 
+def test_an_edited_transform_starts_a_new_run_even_if_its_repr_is_the_same(options, tmp_path, monkeypatch, capsys):
+    size = program.make_transforms((32, 32))
+    options = options + ONE_EPOCH
+    monkeypatch.setattr(program, "make_transforms", lambda _size: size._replace(augment=v2.RandomApply([size.augment], 0)))
+    program.main(options)
+    monkeypatch.setattr(program, "make_transforms", lambda _size: size._replace(augment=v2.RandomApply([size.augment], 1)))
+    assert program.main(options) == 0
+    assert "changed: transforms" in capsys.readouterr().out
+
+
 def other_image(_monkeypatch, images):
     (images / "train" / "red" / "0.png").write_bytes((images / "train" / "blue" / "0.png").read_bytes())
 
@@ -208,6 +219,15 @@ def test_out_of_memory_names_the_constant(options, monkeypatch, capsys):
     monkeypatch.setattr(program, "train_one_epoch", full)
     assert program.main(options) == 1
     assert "BATCH_SIZE" in capsys.readouterr().err
+
+
+def test_an_error_in_a_worker_is_not_called_out_of_memory(options, monkeypatch, capsys):
+    def broken(*_args):
+        raise RuntimeError("views of unlike sizes")
+
+    monkeypatch.setattr(program.AugmentedViews, "__getitem__", broken)
+    with pytest.raises(RuntimeError, match="views of unlike sizes"):
+        program.main(options + ["--num-workers", "1"])
 
 
 @pytest.mark.parametrize("file, content, named", [

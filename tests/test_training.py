@@ -1,8 +1,10 @@
 """The run itself: transforms, views, frozen part, heads, stages, checkpoints, reports, command line."""
 import csv
 import json
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -164,6 +166,11 @@ def test_the_levers_work(extra, options, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "t_metrics.json").read_text())["splits"]["val"]["images"] == 9
 
 
+def test_weights_that_were_saved_as_parameters_work(options, tmp_path, capsys):
+    torch.save(program.build_model(2).state_dict(keep_vars=True), tmp_path / "weights.pth")
+    assert program.main(options + ["--weights", str(tmp_path / "weights.pth")]) == 0
+
+
 def test_two_classes_work(options, own_images, capsys):
     for split in ("train", "val", "test"):
         (own_images / split / "red").rename(own_images.parent / split)
@@ -184,6 +191,34 @@ def test_every_constant_is_an_option_with_its_comment(capsys):
         assert "--" + name.replace("_", "-") in text and comment.split(";")[0][:30] in text
     cfg = program.parse_command_line(["--lr-stage1", "3e-4", "--img-size", "64", "32", "--no-amp"])
     assert (cfg.lr_stage1, cfg.img_size, cfg.amp, cfg.batch_size) == (3e-4, (64, 32), False, 32)
+
+
+def test_a_constant_edited_to_a_whole_number_still_takes_fractions(monkeypatch):
+    monkeypatch.setitem(program.CONSTANTS, "blocks_lr_factor", (5, "its comment"))
+    assert program.parse_command_line(["--blocks-lr-factor", "2.5"]).blocks_lr_factor == 2.5
+
+
+def test_a_constant_edited_to_have_no_comment_is_still_one(tmp_path):
+    source = program.Path(program.__file__).read_text(encoding="utf-8")
+    (tmp_path / "edited.py").write_text(re.sub("^SEED = 0 .*", "SEED = 7", source, flags=re.MULTILINE), encoding="utf-8")
+    command = "import edited; print(edited.parse_command_line([]).seed)"
+    result = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "7\n"
+
+
+def test_no_second_is_counted_in_two_phases(options, tmp_path, capsys, monkeypatch):
+    open_phases, real = [], program.Run.phase
+
+    @contextmanager
+    def watched(run, name):
+        assert not open_phases, f"{name} within {open_phases}"
+        open_phases.append(name)
+        with real(run, name):
+            yield
+        open_phases.pop()
+
+    monkeypatch.setattr(program.Run, "phase", watched)
+    assert program.main(options + ["--eval-splits", "val", "test"]) == 0
 
 
 def test_importing_starts_nothing(tmp_path):
