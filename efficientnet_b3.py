@@ -1135,6 +1135,10 @@ def main(argv=None):
         return 0
     except (UserError, RunError) as error:
         code, message = 2 if isinstance(error, UserError) else 1, f"error: {error}"
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code, message = 2, f"error: cannot use {error.filename} ({error.strerror}): name another"
     except (MemoryError, RuntimeError) as error:
         # A processor's allocator and a worker that the system has killed raise a plain RuntimeError.
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
@@ -1143,8 +1147,9 @@ def main(argv=None):
         code, message = 1, f"error: out of memory: lower BATCH_SIZE, VIEWS or IMG_SIZE ({one_line(error)})"
     except KeyboardInterrupt as error:
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
-        message = "stopped" + ("" if cfg.predict else
-                               ": finished epochs are saved; the same command without --fresh continues")
+        message = "stopped"
+        if not cfg.predict:
+            message += ": finished epochs are saved; the same command without --fresh continues after them"
     print(message, file=sys.stderr)
     return code
 

@@ -51,6 +51,12 @@ def test_predict_prints_names_and_goes_on_after_a_broken_file(options, own_image
     assert program.main(single + ["--num-workers", "0"]) == 0
 
 
+def test_prediction_that_is_stopped_promises_no_epochs(options, own_images, monkeypatch, capsys):
+    monkeypatch.setattr(program, "load_checkpoint", lambda _path: program.stop(2, None))
+    assert program.main(options + ["--predict", str(own_images / "val")]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_with_test_time_flip_an_image_and_its_mirror_image_are_the_same(options, tmp_path, capsys):
     program.main(options)
     for name, step in (("plain", 1), ("mirrored", -1)):
