@@ -3,7 +3,7 @@
     python efficientnet_b3.py                        train (or continue), evaluate, report
     python efficientnet_b3.py --epochs-stage2 10     any constant, by its name in lower case with dashes
     python efficientnet_b3.py --fresh                start anew; the files of an earlier run are moved aside
-    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, about a minute
+    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, a minute
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
     ... --predict rose.jpg --checkpoint FILE         the same by another checkpoint than the run's best
 
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers stall on a busy machine
 AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # neither imported nor pasted into a notebook
 if AS_SCRIPT:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load needs no traceback
@@ -93,6 +94,7 @@ BLOCKS_LR_FACTOR = 10.0  # times LR_STAGE2 is the learning rate of the last bloc
 LAYER_DECAY = 1.0  # ... and times that of the block after it, that of each block before
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels; twice as fast on a CPU
 CROSS_FIT = True  # blocks learn from a head that has not seen the image; off: from the head of all images
+CLIP_NORM = 1.0  # longer gradients of the unfrozen blocks are shortened to this norm
 REFIT_HEAD = True  # end on the mean of the trained head and lda's on the fine-tuned features
 
 # Run
@@ -157,7 +159,7 @@ def load_views(path, index, views, cfg):
 
 
 def map_batches(work, items, batch_size, cfg):
-    """work(batch) for all batches of a list, in order, done by worker processes if there are enough batches."""
+    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
     # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
     fork = sys.platform == "linux"
     workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
@@ -238,7 +240,8 @@ def frozen_pass(frozen, paths, views, cfg):
     # A GPU is fed by all processes; processors are busiest when each one takes its images all the way.
     on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, views))
     work = partial(batch_of_views, views=views, frozen=frozen if on_cpu else None, cfg=cfg)
-    for array, unreadable in progress(map_batches(work, list(enumerate(paths)), size, cfg), size, "frozen part"):
+    batches = map_batches(work, list(enumerate(paths)), size, cfg)
+    for array, unreadable in progress(batches, size, "frozen part"):
         if unreadable and not cfg.predict:
             raise RunError(f"cannot read any more: {listing(list(unreadable.items()))}")
         batch = torch.from_numpy(array)
@@ -260,7 +263,7 @@ def batch_of_views(items, views, frozen, cfg):
 
 
 def compute_once(name, depends, count, batches, cfg):
-    """A tensor [count, V, ...] that `batches` yield in parts, memory-mapped from a file that is written first.
+    """A tensor [count, V, ...] that `batches` yield in parts, memory-mapped from a file.
 
     The file's name ends in a fingerprint of all that the tensor depends on; other files of that `name` are
     removed. It gets that name when it is whole on the disk, and a SHA-256 at its end proves that it still is.
@@ -309,7 +312,8 @@ class Heads(nn.Module):
 
     def __init__(self, linear, labels, cfg):
         super().__init__()
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix_seed(cfg.seed, "folds")))
+        generator = torch.Generator().manual_seed(mix_seed(cfg.seed, "folds"))
+        order = torch.randperm(len(labels), generator=generator)
         dealt = order[labels[order].argsort(stable=True)]  # class by class, as one deals cards
         folds = torch.empty_like(labels)
         folds[dealt] = torch.arange(len(labels)) % cfg.folds
@@ -317,50 +321,52 @@ class Heads(nn.Module):
         may_see = folds != torch.arange(cfg.folds + 1)[:, None]
         may_see[-1] = True
         judges = folds if cfg.cross_fit else torch.full_like(folds, cfg.folds)
-        for name, buffer in (("labels", labels), ("folds", folds), ("judges", judges),
-                             ("targets", labels.where(may_see, -100))):  # -100: the head must not see the image
+        targets = labels.where(may_see, -100)  # which cross_entropy ignores
+        for name, buffer in (("labels", labels), ("folds", folds), ("judges", judges), ("targets", targets)):
             self.register_buffer(name, buffer, persistent=False)
         self.weight = nn.Parameter(linear.weight.detach().cpu().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().cpu().repeat(cfg.folds + 1, 1))
         self.to(cfg.device)
 
     def loss(self, features, images):
-        """What the heads learn from: the cross-entropy of each on those of the `images` that it may see, summed."""
+        """What the heads learn from: the cross-entropy of each on those images that it may see, summed."""
         logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
         targets = self.targets[:, images]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(images)
 
     def judge(self, features, heads):
-        """What the blocks learn from: logits [B, classes] where the head of number heads[i] judges image i."""
+        """What the blocks learn from: logits [B, classes], where head number heads[i] judges image i."""
         logits = torch.einsum("bd,kcd->kbc", features, self.weight.detach()) + self.bias.detach()[:, None]
         return logits[heads, torch.arange(len(heads))]
 
     def judge_all(self, features, heads):
         """The same for one view of each image of features [N, V, D]: logits [N, classes] on the CPU."""
-        return torch.cat([self.judge(features[images, images % features.shape[1]].to(self.weight), heads[images])
-                          for images in torch.arange(len(features)).split(512)]).cpu()
+        parts = torch.arange(len(features)).split(512)
+        views = (features[images, images % features.shape[1]].to(self.weight) for images in parts)
+        return torch.cat([self.judge(view, heads[images]) for view, images in zip(views, parts)]).cpu()
 
     @torch.no_grad()
     def solve(self, features, shrinkage):
         """Set all heads in closed form: discriminant analysis of the features [N, V, D], and one temperature.
 
-        As such heads are too confident, their logits are scaled by the factor that gives the lowest cross-entropy
-        on left-out images (temperature scaling: Guo et al., 2017).
+        As such heads are too confident, their logits are scaled by the factor that gives the lowest
+        cross-entropy on left-out images (temperature scaling: Guo et al., 2017).
         """
         for head, targets in enumerate(self.targets):
-            images, classes = (targets >= 0).nonzero().flatten(), self.bias.shape[1]
-            self.weight[head], self.bias[head] = discriminant(features, self.labels, images, classes, shrinkage)
+            images = (targets >= 0).nonzero().flatten()
+            self.weight[head], self.bias[head] = discriminant(
+                features, self.labels, images, self.bias.shape[1], shrinkage)
         left_out = (self.folds < len(self.targets) - 1).cpu()
         if left_out.any():
             logits, targets = self.judge_all(features, self.folds)[left_out], self.labels.cpu()[left_out]
-            factor = math.exp(minimize_scalar(lambda log: F.cross_entropy(logits * math.exp(log), targets).item(),
-                                              bounds=(-10, 5), method="bounded").x)
-            self.weight.mul_(factor)
-            self.bias.mul_(factor)
+            best = minimize_scalar(lambda log: F.cross_entropy(logits * math.exp(log), targets).item(),
+                                   bounds=(-10, 5), method="bounded")
+            self.weight.mul_(math.exp(best.x))
+            self.bias.mul_(math.exp(best.x))
 
 
 def discriminant(features, labels, images, classes, shrinkage):
-    """Linear discriminant analysis (Fisher, 1936) with a shrunk covariance: weights [classes, D], bias [classes].
+    """Linear discriminant analysis (Fisher, 1936), shrunk covariance: weights [classes, D], bias [classes].
 
     Of features [N, V, D] and labels [N], the rows `images` count. The same as scikit-learn's
     LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...), which takes one covariance per class and so is
@@ -391,7 +397,7 @@ Inputs = namedtuple("Inputs", "activations labels")  # [N, V, ...] in half preci
 
 
 def train(model, blocks, views, val, run, cfg):
-    """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last ones."""
+    """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
     run.print_history()
     heads, nothing = Heads(model.classifier[1], views.labels, cfg), nn.Sequential()
     if run.trainer:
@@ -400,7 +406,8 @@ def train(model, blocks, views, val, run, cfg):
     # Stage 1. The last blocks stand still too: what they say is computed once, and the heads learn from it.
     if len(run.history) <= cfg.epochs_stage1:
         start, frozen = time.perf_counter(), Frozen(blocks, cfg)
-        features = compute_once("features", run.depends, len(views.labels), pass_on(frozen, views.activations), cfg)
+        passed_on = pass_on(frozen, views.activations)
+        features = compute_once("features", run.depends, len(views.labels), passed_on, cfg)
         val_features = Inputs(torch.cat(list(pass_on(frozen, val.activations))), val.labels)
         if not run.history:  # epoch 0: the head as it is solved, before any gradient
             if cfg.head_init == "lda":
@@ -421,7 +428,7 @@ def pass_on(frozen, activations):
 
 
 def train_stage(stage, model, blocks, heads, views, val, run, cfg):
-    """Train the heads and `blocks` on views [N, V, ...] for those epochs of a stage that `run` has not had yet."""
+    """Train the heads and `blocks` on views [N, V, ...] for the epochs of a stage that `run` has not had."""
     before, epochs, rate = ((0, cfg.epochs_stage1, cfg.lr_stage1) if stage == 1 else
                             (cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage2))
     optimizer = torch.optim.Adam(parameter_groups(blocks, heads, rate, cfg))
@@ -471,6 +478,8 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
                            "LR_STAGE2, or set AMP to False; earlier epochs are saved")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(list(blocks.parameters()), cfg.clip_norm)
         scaler.step(optimizer)
         scale = scaler.get_scale()
         scaler.update()
@@ -502,7 +511,7 @@ def refit(heads, blocks, views, cfg):
     Both classify the same features; the mean of two linear heads is a linear head, and better than either.
     """
     trained, features = copy.deepcopy(heads), pass_on(Frozen(blocks, cfg), views)
-    heads.solve(compute_once("refit", weights_digest(blocks), len(views), features, cfg), cfg.shrinkage)
+    heads.solve(compute_once("refit", digest(blocks.state_dict()), len(views), features, cfg), cfg.shrinkage)
     for solved, other in zip(heads.parameters(), trained.parameters()):
         solved.lerp_(other, 0.5)
 
@@ -527,58 +536,60 @@ def finish_epoch(row, start, model, blocks, val, trainer, run, cfg):
 RUN_FILES = ("best.pth", "last.pth", "loss.png", "acc.png", "confusion_matrix.png", "mistakes.png",
              "report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json")
 # Constants that say where, how fast or how much to tell; weights, images and precision count as they are.
-WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", "num_workers", "weights", "device",
-                  "amp", "run_name", "out_dir"}
+WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", "num_workers", "weights",
+                  "device", "amp", "run_name", "out_dir"}
 
 
 class Run:
     """A run as it stands on the disk: the epochs so far and all that the next one needs."""
 
     def __init__(self, model, data, depends, cfg):
-        """Take up the state of this very run after its last whole epoch; move the files of any other run aside."""
+        """Take up this very run after its last whole epoch, or move the files of another one aside."""
         constants = {name: getattr(cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT}
-        images = digest([(split.sha256, split.labels.tolist()) for name, split in data.splits.items() if name != "test"])
-        self.config = {**constants, "transforms": source_of(make_transforms), "images_sha256": images,
-                       "class_names": data.class_names, "weights_sha256": weights_digest(model.features),
+        images = [(data.splits[split].digest, data.splits[split].labels) for split in ("train", "val")]
+        self.config = {**constants, "class_names": data.class_names, "transforms": source_of(make_transforms),
+                       "images": digest(images), "weights": digest(model.features.state_dict()),
                        "device_type": cfg.device.type, "precision": str(cfg.dtype)}
         self.cfg, self.depends, self.history, self.trainer, self.next_drawing = cfg, depends, [], None, 0.0
-        last, reason = run_file(cfg, "last.pth"), "--fresh"
-        if not cfg.fresh:
-            try:
-                state, best = load_checkpoint(last), load_checkpoint(run_file(cfg, "best.pth"))
-                changed = [key for key in self.config | state["config"] if self.config.get(key) != state["config"].get(key)]
-                if not changed and best["config"] == self.config:
+        reason = "--fresh"
+        try:
+            if not cfg.fresh:
+                state, best = (load_checkpoint(run_file(cfg, name)) for name in ("last.pth", "best.pth"))
+                changed = [key for key in {**self.config, **state["config"], **best["config"]}
+                           if not self.config.get(key) == state["config"].get(key) == best["config"].get(key)]
+                reason = f"changed: {listing(changed, 9)}"
+                if not changed:
                     self.history, self.trainer = state["history"], state["trainer"]
                     model.load_state_dict(state["model"])
                     return
-                reason = f"changed: {listing(changed, 9)}" if changed else "the best checkpoint is of another run"
-            except UserError as error:
-                reason = error
+        except UserError as error:
+            reason = error
         files = [path for path in (run_file(cfg, name) for name in RUN_FILES) if path.exists()]
         if files:
-            aside = next(path for path in (run_file(cfg, f"old{number}") for number in range(1, 10**6)) if not path.exists())
-            aside.mkdir()
+            old = len(list(files[0].parent.glob(glob.escape(run_file(cfg, "old").name) + "*"))) + 1
+            run_file(cfg, f"old{old}").mkdir()
             for file in files:
-                file.rename(aside / file.name)
-            print(f"new run    {reason}; the files of the earlier run are now in {aside}: to get back to it, move them "
-                  f"back and repeat its command", flush=True)
+                file.rename(run_file(cfg, f"old{old}") / file.name)
+            print(f"new run    {reason}; the earlier run's files are now in {run_file(cfg, f'old{old}')}: "
+                  "to get back to it, move them back and repeat its command", flush=True)
 
     def add_epoch(self, row, model, trainer):
         """Save the model and the states of the parts of `trainer` after an epoch, and tell of it."""
         self.history.append(row)
-        checkpoint = {"model": {key: value.cpu() for key, value in model.state_dict().items()}, "config": self.config,
-                      "history": self.history, "best_accuracy": best_epoch(self.history)["val_acc"]}
+        checkpoint = {"model": {key: value.cpu() for key, value in model.state_dict().items()},
+                      "config": self.config, "history": self.history,
+                      "best_accuracy": best_epoch(self.history)["val_acc"]}
         # The best first: a run killed between the two repeats the epoch and writes both again, the same.
         if best_epoch(self.history) is row:
-            save_checkpoint(run_file(self.cfg, "best.pth"), checkpoint)
+            write_file(run_file(self.cfg, "best.pth"), checkpoint)
         states = {name: part.state_dict() for name, part in trainer.items()}
-        save_checkpoint(run_file(self.cfg, "last.pth"), checkpoint | {"trainer": states})
+        write_file(run_file(self.cfg, "last.pth"), checkpoint | {"trainer": states})
         self.print_epoch(row)
         draw_curves(self, self.cfg)
 
     def print_history(self):
         """The head of the table, and the epochs that a run continues after."""
-        print("\nstage  epoch   lr head  lr blocks  train loss   train acc  val loss   val acc  seconds  best")
+        print("\nstage  epoch   lr head  lr blocks  train loss  train acc  val loss  val acc  seconds  best")
         for row in self.history:
             self.print_epoch(row)
 
@@ -586,8 +597,8 @@ class Run:
         """The line of an epoch, with a mark if none so far was better."""
         best = best_epoch(self.history[:self.history.index(row) + 1]) is row
         print(f"{row['stage']:>5} {row['epoch']:>6} {row['lr_head']:>9.1e} {row['lr_blocks']:>10.1e} "
-              f"{row['train_loss']:>11.4f} {100 * row['train_acc']:>9.2f} % {row['val_loss']:>9.4f} "
-              f"{100 * row['val_acc']:>7.2f} % {row['seconds']:>8.1f}  {'*' * best}", flush=True)
+              f"{row['train_loss']:>11.4f} {100 * row['train_acc']:>8.2f} % {row['val_loss']:>9.4f} "
+              f"{100 * row['val_acc']:>6.2f} % {row['seconds']:>8.1f}  {'*' * best}", flush=True)
 
 
 def best_epoch(history):
@@ -597,12 +608,12 @@ def best_epoch(history):
 
 def run_file(cfg, suffix):
     """The path of a file of the run, say of "best.pth"."""
-    return Path(cfg.out_dir).expanduser() / f"{cfg.run_name}_{suffix}"
+    return Path(cfg.out_dir) / f"{cfg.run_name}_{suffix}"
 
 
 @contextmanager
 def replacing(path):
-    """A file to write that takes the place of `path` once all of it is on the disk; until then the old one stands."""
+    """A file to write that takes the place of `path` when all of it is on the disk, not before."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
         with open(unfinished, "wb") as file:
@@ -612,21 +623,17 @@ def replacing(path):
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error.strerror or one_line(error)}): what was there before is whole; "
-                       "make room or mend it, and run the same command again") from None
+        raise RunError(f"cannot write {path} ({error.strerror or one_line(error)}): what was there before is "
+                       "whole; make room or mend it, and run the same command again") from None
 
 
 def write_file(path, content):
-    """Write text or bytes, whole or not at all."""
+    """Write text, bytes or a checkpoint (plain Python and tensors), whole or not at all."""
     with replacing(path) as file:
-        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-
-
-def save_checkpoint(path, state):
-    """Write `state` (plain Python and tensors) as a file that `torch.load(path, weights_only=True)` reads."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(path, buffer.getbuffer())
+        if isinstance(content, dict):
+            torch.save(content, file)
+        else:
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def load_checkpoint(path):
@@ -644,7 +651,7 @@ def load_checkpoint(path):
 # ---- Image folders and weights ---------------------------------------------------------------------------
 
 Data = namedtuple("Data", "class_names splits")  # list of str, {"train": Split, "val": ...}
-Split = namedtuple("Split", "paths labels sha256")  # N paths, int64 [N], N hashes of the files' bytes
+Split = namedtuple("Split", "paths labels digest")  # N paths, int64 [N], SHA-256 of all the files' bytes
 
 Image.init()  # loads all of Pillow's formats, each with the endings of its files
 IMAGE_ENDINGS = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
@@ -666,8 +673,8 @@ def files_below(folder):
 
 
 def find_images(cfg):
-    """The images of the run, all of which can be read. UserError says what is wrong with the folder or files."""
-    folder = Path(cfg.data_dir).expanduser()
+    """The images of the run, all of which can be read. UserError says what is wrong with folder or files."""
+    folder = Path(cfg.data_dir)
     if folder.is_file():
         raise UserError(f"{folder} is a file: set --data-dir to a folder")
     flowers = not folder.is_dir() or not visible(folder) or (folder / "flowers-102").is_dir()
@@ -680,17 +687,17 @@ def find_images(cfg):
         broken, file = table[table.reason.notna()], run_file(cfg, "unreadable.txt")
         lines = [readable(f"{path}: {reason}") for path, reason in zip(broken.path, broken.reason)]
         write_file(file, "\n".join(lines) + "\n")
-        told, table = f"cannot read {len(broken)} of {len(table)} images, named in {file}, such as {lines[0]}", \
-            table[table.reason.isna()]
+        told = f"cannot read {len(broken)} of {len(table)} images, named in {file}, such as {lines[0]}"
+        table = table[table.reason.isna()]
         if not cfg.skip_unreadable:
             raise UserError(f"{told}: mend or remove them, or set --skip-unreadable to go on without them")
         if not set(broken.label) <= set(table.label[table.split == "train"]) or "val" not in set(table.split):
             raise UserError(f"{told}: no others are left of a class or of a split")
         print(f"data       {told}")
-    splits = {split: Split(part.path.tolist(), torch.tensor(part.label.tolist()), part.sha256.tolist())
-              for split, part in table.groupby("split", sort=False)}
+    splits = {name: Split(part.path.tolist(), torch.tensor(part.label.tolist()), digest(part.sha256.tolist()))
+              for name, part in table.groupby("split", sort=False)}
     counts = ", ".join(f"{len(split.paths):,} {name}" for name, split in splits.items())
-    print(f"data       {folder}: {len(names)} classes; images: {counts}", flush=True)
+    print(f"data       {readable(str(folder))}: {len(names)} classes; images: {counts}", flush=True)
     return Data(names, splits)
 
 
@@ -698,32 +705,33 @@ def find_class_folders(folder, cfg):
     """Class names and a table of own images: one folder per class, alone or within train, val and test."""
     parts = {SPLITS[path.name.lower()]: path for path in visible(folder)
              if path.is_dir() and path.name.lower() in SPLITS} or {"train": folder}
-    places = [(split, place) for split in ("train", "val", *{"test"} & set(cfg.eval_splits)) if split in parts
-              for place in visible(parts[split]) if place.is_dir()]
-    table = pd.DataFrame([(file, split, place.name) for split, place in places for file in files_below(place)],
-                         columns=["path", "split", "name"])
+    wanted = [split for split in ("train", "val", *{"test"} & set(cfg.eval_splits)) if split in parts]
+    folders = {split: [path for path in visible(parts[split]) if path.is_dir()] for split in wanted}
+    table = pd.DataFrame([(file, split, place.name) for split in wanted for place in folders[split]
+                          for file in files_below(place)], columns=["path", "split", "name"])
     ending = table.path.map(lambda path: path.suffix.lower())
-    for other, count in Counter(ending[~ending.isin(IMAGE_ENDINGS)]).most_common():
-        print(f"data       {count} files {other or 'without an ending'} passed over: no images that Pillow reads")
+    for other, count in ending[~ending.isin(IMAGE_ENDINGS)].value_counts().items():
+        print(f"data       passed over, as Pillow reads no such images: {count} {other or 'without ending'}")
     table = table[ending.isin(IMAGE_ENDINGS)]
     names = sorted(table.name[table.split == "train"].unique())
     if len(names) < 2:
-        raise UserError(f"{folder} holds {listing([path.name for path in visible(folder)])}: expected two or more "
-                        "folders of images, one per class, alone or within train/, val/ and test/")
-    for split in sorted({split for split, _ in places}):
-        folders, filled = {place.name for part, place in places if part == split}, set(table.name[table.split == split])
-        if odd := folders ^ filled | folders ^ set(names):
-            raise UserError(f"{parts[split]} needs images of the same classes as {parts['train']}, in a folder for "
-                            f"each; not so: {listing(sorted(odd))}")
+        found = listing([path.name for path in visible(folder)], 9)
+        raise UserError(f"{folder} holds {found}: expected two or more folders of images, one per class, "
+                        "alone or within train/, val/ and test/")
+    for split in wanted:
+        there = {path.name for path in folders[split]}
+        odd = there ^ set(names) | there ^ set(table.name[table.split == split])
+        if odd:
+            raise UserError(f"{parts[split]} needs a folder of images for each class of {parts['train']} and "
+                            f"no other; not so: {listing(sorted(odd))}")
     if "val" not in parts:
         chosen = table[table.split == "train"].groupby("name").sample(
             frac=cfg.val_fraction, random_state=mix_seed(cfg.seed, "validation") % 2**32).index
         table.loc[chosen, "split"] = "val"
-        print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, drawn by SEED, are for validation")
+        print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, by SEED, are for validation")
     if not {"train", "val"} <= set(table.split):
-        raise UserError(f"{folder} has too few images to train and validate: add more, or change VAL_FRACTION")
-    table["label"] = table.name.map(names.index)
-    return class_titles(names, folder), table
+        raise UserError(f"{folder} has too few images for training and validation: add some")
+    return class_titles(names, folder), table.assign(label=table.name.map(names.index))
 
 
 def class_titles(names, folder):
@@ -734,20 +742,21 @@ def class_titles(names, folder):
             try:
                 titles |= {name: str(title) for name, title in json.loads(file.read_text("utf-8")).items()}
             except (ValueError, AttributeError):
-                raise UserError(f"{file} is no JSON object of class folders and names: mend or remove it") from None
+                raise UserError(f"{file} is no JSON object of folders and names: mend or remove it") from None
     counts = Counter(titles[name] for name in names)
     return [readable(titles[name] + (f" ({name})" if counts[titles[name]] > 1 else "")) for name in names]
 
 
 def find_flowers102(folder, cfg, extract=False):
-    """Class names and a table of the images of Flowers-102 (Nilsback & Zisserman, 2008); downloads what is missing.
+    """Class names and a table of the images of Flowers-102 (Nilsback & Zisserman, 2008).
 
-    `extract` unpacks all images again, if that is possible.
+    What is missing is downloaded; `extract` unpacks all images again, if that is possible.
     """
     base, missing = folder / "flowers-102", [folder / "flowers-102" / "jpg"]
     try:
         Flowers102(folder, download=True)
-        parts = {split: Flowers102(folder, split) for split in ("train", "val", *{"test"} & set(cfg.eval_splits))}
+        wanted = ("train", "val", *{"test"} & set(cfg.eval_splits))
+        parts = {name: Flowers102(folder, name) for name in wanted}
         table = pd.DataFrame([(path, split, label) for split, part in parts.items()
                               for path, label in zip(part._image_files, part._labels)],
                              columns=["path", "split", "label"])
@@ -760,9 +769,9 @@ def find_flowers102(folder, cfg, extract=False):
             wrong = [base / name for name, md5 in Flowers102._file_dict.values()
                      if (base / name).exists() and not check_integrity(base / name, md5)]
             state = f"damaged: {listing(wrong)}" if wrong else f"missing: {listing(missing)}"
-            raise UserError(f"Flowers-102 is not whole ({state}) and cannot be downloaded ({one_line(error)}): "
-                            f"{cure(error)}, set --data-dir, or try --demo, which needs no download; "
-                            "--eval-splits val does without the test split") from None
+            raise UserError(f"Flowers-102 is not whole ({state}) and cannot be downloaded "
+                            f"({one_line(error)}): {cure(error)}, set --data-dir, or try --demo, which needs "
+                            "none; --eval-splits val does without the test split") from None
     return Flowers102.classes, table
 
 
@@ -776,7 +785,7 @@ def cure(error):
 
 
 def check_images(table, cfg):
-    """Decode all files once, so that broken ones are known before any training: adds columns sha256 and reason."""
+    """Decode all files once, so that all broken ones are known at once: adds columns sha256 and reason."""
     batches = progress(map_batches(check_files, table.path.tolist(), 16, cfg), 16, "decoding")
     sha256, reason = zip(*(pair for batch in batches for pair in batch))
     return table.assign(sha256=sha256, reason=reason)
@@ -798,7 +807,7 @@ def load_pretrained(weights):
     """The backbone's state dict that WEIGHTS names, without a classifier, or None for random weights."""
     if weights in ("none", None):
         return None
-    source, cached = Path(weights).expanduser(), weights == "IMAGENET1K_V1"
+    source, cached = Path(weights), weights == "IMAGENET1K_V1"
     try:
         if cached:
             url = EfficientNet_B3_Weights.IMAGENET1K_V1.url
@@ -809,15 +818,15 @@ def load_pretrained(weights):
         build_model(2, state)
         return state
     except OSError as error:
-        raise UserError(f"cannot get the weights {weights} ({one_line(error)}): {cure(error)}, set --weights to an "
-                        "existing file or to none, or try --demo") from None
+        raise UserError(f"cannot get the weights {weights} ({one_line(error)}): {cure(error)}, set --weights "
+                        "to an existing file or to none, or try --demo") from None
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
         advice = "delete it and run again" if cached else "save a state dict of torchvision's network"
-        raise UserError(f"{source} holds no weights of EfficientNet-B3 ({one_line(error)}): {advice}") from None
+        raise UserError(f"{source} has no weights of EfficientNet-B3 ({one_line(error)}): {advice}") from None
 
 
 def backbone_in(state):
-    """Backbone weights as float32, freed of what trainers wrap around them: nested dicts, prefixes, a classifier."""
+    """Backbone weights as float32, freed of what trainers add: outer dicts, prefixes, a classifier."""
     first = "features.0.0.weight"
     while not any(str(key).endswith(first) for key in state):
         inner = [value for value in state.values() if isinstance(value, dict) and value]
@@ -833,19 +842,15 @@ def backbone_in(state):
 
 
 def measure(probabilities, labels):
-    """The figures of one split, and a table of each class's precision, recall, f1-score and support.
-
-    From `probabilities` (float [N, classes]) and `labels` (int64 [N]).
-    """
-    confidence, predicted = probabilities.max(1)
-    right, classes = predicted == labels, range(probabilities.shape[1])
+    """Figures of a split and a table of each class's scores, from probabilities [N, classes], labels [N]."""
+    (confidence, predicted), classes = probabilities.max(1), range(probabilities.shape[1])
     table = pd.DataFrame(classification_report(labels, predicted, labels=classes, output_dict=True,
                                                zero_division=0)).T.iloc[:len(classes)]
-    present = table[table.support > 0]
-    bins = (confidence * 15).long().clamp_max(14)  # expected calibration error: Guo et al., 2017
-    gaps = torch.zeros(15).index_add(0, bins, confidence - right.float())
+    right, present = (predicted == labels).float(), table[table.support > 0]
     likeliest = probabilities.topk(min(5, len(classes))).indices
-    return {"images": len(labels), "accuracy": right.float().mean().item(),
+    bins = (confidence * 15).long().clamp_max(14)  # expected calibration error: Guo et al., 2017
+    gaps = torch.zeros(15).index_add(0, bins, confidence - right)
+    return {"images": len(labels), "accuracy": right.mean().item(),
             "wilson_95": list(binomtest(int(right.sum()), len(labels)).proportion_ci(method="wilson")),
             "balanced_accuracy": present["recall"].mean(), "macro_f1": present["f1-score"].mean(),
             "top5_accuracy": (likeliest == labels[:, None]).any(1).float().mean().item(),
@@ -855,12 +860,10 @@ def measure(probabilities, labels):
 
 def summary(split, figures):
     """The figures of one split in two lines."""
-    low, high = figures["wilson_95"]
-    return (f"{split:10} accuracy {100 * figures['accuracy']:.2f} % (95 % Wilson interval {100 * low:.1f} to "
-            f"{100 * high:.1f}), macro-F1 {figures['macro_f1']:.4f}, "
-            f"balanced {100 * figures['balanced_accuracy']:.2f} %,\n{'':10} top-5 "
-            f"{100 * figures['top5_accuracy']:.2f} %, log loss {figures['log_loss']:.4f}, expected "
-            f"calibration error {figures['expected_calibration_error']:.4f}, {figures['images']:,} images")
+    return ("{:10} accuracy {accuracy:.2%} (95% Wilson interval {wilson_95[0]:.1%} to {wilson_95[1]:.1%}), "
+            "macro-F1 {macro_f1:.4f},\n{:10} balanced {balanced_accuracy:.2%}, top-5 {top5_accuracy:.2%}, log loss "
+            "{log_loss:.4f}, expected calibration error {expected_calibration_error:.4f}, {images:,} images"
+            ).format(split, "", **figures).replace("%", " %")
 
 
 def most_confused(confusion, names, limit=12):
@@ -876,20 +879,19 @@ def draw_curves(run, cfg, at_once=False):
     if time.monotonic() < run.next_drawing and not at_once:
         return
     for key, label, scale in (("loss", "Cross-entropy loss", 1), ("acc", "Accuracy (%)", 100)):
-        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-        axes, (blue, orange, green) = figure.subplots(), sns.color_palette("colorblind")[:3]
+        figure = Figure((7.5, 4.2), layout="constrained")
+        blue, orange, green = sns.color_palette("colorblind")[:3]
+        axes, height = figure.subplots(), scale * best[f"val_{key}"]
         axes.plot(table.epoch, scale * table[f"train_{key}"], ".-", c=blue, lw=2,
                   label="training" + " (by heads that have not seen the image)" * cfg.cross_fit)
         axes.plot(table.epoch, scale * table[f"val_{key}"], ".-", c=orange, lw=2, label="validation")
-        axes.plot(best["epoch"], scale * best[f"val_{key}"], "o", c=green, ms=10, mec="white",
-                  label=f"best epoch: {best['epoch']}, {scale * best[f'val_{key}']:.3g}")
+        axes.plot(best["epoch"], height, "o", c=green, ms=10, mec="white", label=f"best: {height:.3g}")
         axes.axvline(cfg.epochs_stage1 + 0.5, color="0.35", ls="--", lw=1.2)
         axes.set_title("stage 1: head (at 0: solved, untrained)", loc="left", size=10, color="0.35")
         axes.set_title("stage 2: fine-tuning", loc="right", size=10, color="0.35")
         axes.set(xlim=(-0.5, cfg.epochs_stage1 + cfg.epochs_stage2 + 0.5), xlabel="Epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(15, integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        sns.despine(ax=axes)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         save_figure(figure, run_file(cfg, f"{key}.png"))
     run.next_drawing = time.monotonic() + 10
@@ -903,61 +905,53 @@ def save_figure(figure, path, dpi=120):
 
 
 @contextmanager
-def any_text(names):
-    """Figures drawn within show names as they are: no $formula$, and in fonts that have their letters."""
-    fonts, lacking = ["DejaVu Sans"], {ord(letter) for name in names for letter in name}
-    lacking -= set(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
-    for entry in font_manager.fontManager.ttflist if lacking else ():
+def any_letters(names):
+    """Figures within show names as they are: no formulas, and the first fonts that have all their letters."""
+    fonts, lacking = [], {ord(letter) for name in names for letter in name}
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
         with suppress(Exception):  # a font file that is broken or gone
-            found = lacking & set(font_manager.get_font(entry.fname).get_charmap())
-            if found:
-                fonts.append(entry.name)
-                lacking -= found
-    if lacking:
-        print(f"figures    no font has {listing(sorted(map(chr, lacking)), 9)}: boxes stand for these letters")
+            has = lacking & set(font_manager.get_font(font.fname).get_charmap())
+            if has and "LastResort" not in font.fname:  # that one has boxes only
+                fonts, lacking = [*fonts, font.name], lacking - has
+        if not lacking:
+            break
+    else:
+        print(f"figures    no font has {listing(sorted(map(chr, lacking)), 9)}: boxes stand for these")
     with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False, "font.family": fonts}):
         warnings.filterwarnings("ignore", "Glyph")
         yield
 
 
-def short(name, limit=36):
-    """A class name that a figure has room for."""
-    return name if len(name) <= limit else name[:limit - 1] + "…"
-
-
 def plot_confusion_matrix(confusion, names, split):
-    """Heat map of `confusion` (int [classes, classes], rows true) with names of up to 150 classes."""
-    named, side = len(names) <= 150, max(6.5, 0.12 * min(len(names), 150))  # inches; 0.12 a class can be read
-    cell, names = 72 * side / len(names), [short(name) for name in names]  # points
-    figure = Figure((side, side))
+    """Heat map of `confusion` (int [classes, classes], rows true); up to 150 classes are named."""
+    side, named = max(6.5, 0.12 * min(len(names), 150)), len(names) <= 150  # inches; 0.12 a class can be read
+    cell, figure = 72 * side / len(names), Figure((side, side))  # points
     axes, bar = figure.add_axes((0, 0, 1, 1)), figure.add_axes((1.02, 0, 0.015, 0.4))
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     norm = PowerNorm(0.5, vmin=0, vmax=1)  # the root lifts single mistakes off the white of the empty cells
-    sns.heatmap(share, mask=confusion == 0, norm=norm, cmap="mako_r", ax=axes, cbar_ax=bar,
-                xticklabels=names if named else False, yticklabels=names if named else False,
+    sns.heatmap(share, mask=confusion == 0, norm=norm, cmap="mako_r", ax=axes, cbar_ax=bar, linewidths=0.3,
+                linecolor="0.9", xticklabels=names if named else False, yticklabels=names if named else False,
                 annot=confusion if named else None, fmt="d", annot_kws={"size": min(14, 0.6 * cell)},
                 cbar_kws={"format": PercentFormatter(1, 0, " %"), "label": "share of the true class"})
     axes.tick_params("x", length=0, labelsize=min(12, 0.85 * cell), rotation=90)
     axes.tick_params("y", length=0, labelsize=min(12, 0.85 * cell), rotation=0)
-    axes.grid(color="0.9", lw=0.3)
-    axes.spines[:].set(visible=True, color="0.7")
     axes.set_xlabel("predicted class", size=1.5 * side)
     axes.set_ylabel("true class", size=1.5 * side)
-    axes.set_title(f"Confusion matrix, {split} split: {np.trace(confusion)} of {confusion.sum()} images right",
-                   size=1.5 * side, pad=1.5 * side)
+    right = f"{np.trace(confusion)} of {confusion.sum()} images right"
+    axes.set_title(f"Confusion matrix, {split} split: {right}", size=1.5 * side, pad=1.5 * side)
     return figure
 
 
-def plot_mistakes(model, split, name, probabilities, names, cfg, limit=12):
+def plot_mistakes(model, split, name, probabilities, names, cfg, limit=8):
     """The most confident mistakes, each beside its class activation map (CAM, Zhou et al., 2016)."""
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != split.labels).nonzero().flatten()
     chosen = wrong[confidence[wrong].argsort(descending=True)[:limit]].tolist()
     frozen, evidence = Frozen(model.features, cfg), model.classifier[1].weight.detach().cpu()
     evidence = evidence - evidence.mean(0)  # what all classes share says nothing about one of them
-    columns = min(4, max(1, len(chosen)))
-    rows = max(1, math.ceil(len(chosen) / columns))
-    figure = Figure((3.6 * columns, 0.5 + rows * (0.5 + 1.8 * cfg.img_size[0] / cfg.img_size[1])), layout="constrained")
+    columns, rows = min(4, max(2, len(chosen))), max(1, math.ceil(len(chosen) / 4))
+    height = 0.45 + 1.8 * cfg.img_size[0] / cfg.img_size[1]
+    figure = Figure((3.6 * columns, 0.4 + rows * height), layout="constrained")
     figure.subplots(rows, columns, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
     for axes, i in zip(figure.axes, chosen):
         views, label, taken = load_views(split.paths[i], i, 0, cfg), split.labels[i], predicted[i]
@@ -969,48 +963,54 @@ def plot_mistakes(model, split, name, probabilities, names, cfg, limit=12):
         heat, alpha = sns.color_palette("inferno", as_cmap=True)(cam[..., 0])[..., :3], 0.25 + 0.4 * cam
         heat = alpha * heat + (1 - alpha) * views[0].mean(2, keepdims=True) / 255
         axes.imshow(np.hstack([views[0] / 255, heat]))
-        axes.set_title(f"is {short(names[label])} ({100 * probabilities[i, label].item():.0f} %)\ntaken for "
-                       f"{short(names[taken])} ({100 * confidence[i].item():.0f} %)", loc="left", size=9)
-    figure.suptitle(f"Most confident of {len(wrong)} mistakes in {len(predicted)} images, {name} split", size=13)
+        axes.set_title(f"is {names[label]} ({100 * probabilities[i, label].item():.0f} %)\ntaken for "
+                       f"{names[taken]} ({100 * confidence[i].item():.0f} %)", loc="left", size=9)
+    words = f"Most confident of {len(wrong)} mistakes in {len(predicted)} images, {name} split"
+    figure.suptitle(words, size=12)
     return figure
 
 
 def report(model, blocks, inputs, data, run, cfg):
-    """Evaluate the best checkpoint on the splits of EVAL_SPLITS, write its files, and end on what they say."""
+    """Evaluate the best checkpoint on the splits of EVAL_SPLITS, write its files, and print what they say."""
     names, metrics, texts, tables = np.array(data.class_names), {}, [], []
     best = load_checkpoint(run_file(cfg, "best.pth"))
     if best["config"] != run.config:
         raise RunError(f"{run_file(cfg, 'best.pth')} is of another run: start anew with --fresh")
     model.load_state_dict(best["model"])
     for name in (name for name in cfg.eval_splits if name in inputs):
-        split = data.splits[name]
+        split, classes = data.splits[name], range(len(names))
         probabilities = predict_logits(blocks, model.classifier, inputs[name].activations, cfg).softmax(1)
         values, likeliest = (top.numpy() for top in probabilities.topk(min(5, len(names))))
-        labels, predicted, classes = split.labels.numpy(), likeliest[:, 0], range(len(names))
+        labels, predicted = split.labels.numpy(), likeliest[:, 0]
         confusion = confusion_matrix(labels, predicted, labels=classes)
         metrics[name], table = measure(probabilities, split.labels)
         worst = table.set_axis(names)["f1-score"].nsmallest(10).to_string(float_format="%.3f")
-        text = classification_report(labels, predicted, labels=classes, target_names=names, digits=3, zero_division=0)
+        each = classification_report(labels, predicted, labels=classes, target_names=names, digits=3,
+                                     zero_division=0)
         pairs = "\n".join(most_confused(confusion, names))
-        texts += [f"lowest F1, {name}\n{worst}", f"each class, {name}\n{text}", f"most confused, {name}\n{pairs}"]
+        texts += [f"lowest F1, {name}\n{worst}", f"each class, {name}\n{each}",
+                  f"most confused, {name}\n{pairs}"]
         tables.append(pd.DataFrame({
-            "file": [os.path.relpath(path, Path(cfg.data_dir).expanduser()) for path in split.paths], "split": name,
+            "file": [os.path.relpath(path, cfg.data_dir) for path in split.paths], "split": name,
             "true": names[labels], "predicted": names[predicted], "probability": values[:, 0].round(4),
             "top5": ["; ".join(five) for five in names[likeliest]]}))
         if len(metrics) == 1:
-            with any_text(names):
-                save_figure(plot_mistakes(model, split, name, probabilities, names, cfg), run_file(cfg, "mistakes.png"))
-                save_figure(plot_confusion_matrix(confusion, names, name), run_file(cfg, "confusion_matrix.png"))
+            short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
+            with any_letters(short):
+                figure = plot_mistakes(model, split, name, probabilities, short, cfg)
+                save_figure(figure, run_file(cfg, "mistakes.png"), dpi=80)
+                figure = plot_confusion_matrix(confusion, short, name)
+                save_figure(figure, run_file(cfg, "confusion_matrix.png"))
             print("\n" + "\n\n".join(texts[1:]))
     draw_curves(run, cfg, at_once=True)
-    summaries = "\n".join(map(summary, metrics, metrics.values()))
+    last_words = "\n".join(map(summary, metrics, metrics.values()))
     content = {"best_epoch": best_epoch(run.history)["epoch"], "splits": metrics}
-    constants = {name: getattr(cfg, name) for name in CONSTANTS}
-    write_file(run_file(cfg, "report.txt"), "\n\n".join([summaries, *texts]) + "\n")
+    constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
+    write_file(run_file(cfg, "report.txt"), "\n\n".join([last_words, *texts]) + "\n")
     write_file(run_file(cfg, "predictions.csv"), pd.concat(tables).to_csv(index=False))
     write_file(run_file(cfg, "metrics.json"), json.dumps(content, indent=1) + "\n")
-    write_file(run_file(cfg, "config.json"), json.dumps(constants | run.config, indent=1, default=str) + "\n")
-    print(f"\nbest       epoch {content['best_epoch']} of {len(run.history) - 1}\n{summaries}")
+    write_file(run_file(cfg, "config.json"), json.dumps(constants | run.config, indent=1) + "\n")
+    print(f"\nbest       epoch {content['best_epoch']} of {len(run.history) - 1}\n{last_words}")
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------
@@ -1018,31 +1018,30 @@ def report(model, blocks, inputs, data, run, cfg):
 
 def predict(cfg):
     """Print the five likeliest classes of each image that --predict names or holds; returns the exit code."""
-    paths = []
+    paths, failed = [], False
     for name in cfg.predict:
-        found = [Path(name).expanduser()]
-        if not found[0].exists():  # a shell that leaves wildcards to the program
-            found = [Path(match) for match in sorted(glob.glob(str(found[0])))]
+        # Windows leaves wildcards to the program.
+        found = [Path(name)] if Path(name).exists() else [Path(match) for match in sorted(glob.glob(name))]
         inside = [file for path in found for file in (files_below(path) if path.is_dir() else [path])
-                  if path.is_file() or file.suffix.lower() in IMAGE_ENDINGS]
+                  if not path.is_dir() or file.suffix.lower() in IMAGE_ENDINGS]
         if not inside:
-            raise UserError(f"{readable(name)} does not exist or has no images: name images or folders")
+            raise UserError(f"{name} does not exist or has no images: name images or folders")
         paths += inside
-    state = load_checkpoint(Path(cfg.checkpoint).expanduser() if cfg.checkpoint else run_file(cfg, "best.pth"))
+    state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"))
     cfg.img_size, cfg.crop, names = (state["config"][key] for key in ("img_size", "crop", "class_names"))
     if state["config"]["transforms"] != source_of(make_transforms):
-        print("note: make_transforms is not the one that this checkpoint was trained with", file=sys.stderr)
+        print("note: this checkpoint was trained with another make_transforms than today's", file=sys.stderr)
     model = build_model(len(names), state["model"])
-    done, failed = 0, False
+    remaining = iter(paths)
     for features, unreadable in frozen_pass(Frozen(split_model(model, 0)[0], cfg), paths, 0, cfg):
-        with torch.no_grad():
-            values, likeliest = model.classifier(features[:, 0].float()).softmax(1).topk(min(5, len(names)))
-        for path, *five in zip(paths[done:], values.tolist(), likeliest.tolist()):
+        values, likeliest = model.classifier(features[:, 0].float()).softmax(1).topk(min(5, len(names)))
+        for shares, classes, path in zip(values.tolist(), likeliest.tolist(), remaining):
             if path in unreadable:
                 print(f"{readable(str(path))}: cannot be read ({unreadable[path]})", file=sys.stderr)
+                failed = True
             else:
-                print(readable(str(path)), *(f"  {100 * value:5.1f} %  {names[i]}" for value, i in zip(*five)), sep="\n")
-        done, failed = done + len(features), failed or bool(unreadable)
+                lines = [f"  {100 * share:5.1f} %  {names[number]}" for share, number in zip(shares, classes)]
+                print(readable(str(path)), *lines, sep="\n")
     return int(failed)
 
 
@@ -1067,7 +1066,8 @@ def start_without_pretraining(model, paths, cfg):
             nn.init.zeros_(module.block[-1][1].weight)
     chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(cfg.seed))[:1024].tolist()
     work = partial(batch_of_views, views=0, frozen=None, cfg=cfg)
-    for images, _ in progress(map_batches(work, [(i, paths[i]) for i in chosen], 64, cfg), 64, "BatchNorm"):
+    for batch in progress([chosen[start:start + 64] for start in range(0, len(chosen), 64)], 64, "BatchNorm"):
+        images, _ = work([(i, paths[i]) for i in batch])
         with torch.no_grad():
             images = torch.from_numpy(images)[:, 0].to(cfg.device).permute(0, 3, 1, 2)
             model.features(make_transforms(cfg).normalize(images))
@@ -1081,7 +1081,8 @@ def draw_demo_images(folder):
     try:
         for species in progress(range(102), 12, "drawing"):
             for number in range(12):
-                path = folder / ("train" if number < 8 else "val") / f"species {species + 1:03d}" / f"{number}.png"
+                split = folder / ("train" if number < 8 else "val")
+                path = split / f"species {species + 1:03d}" / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 draw_flower(species, number).save(path)
     except OSError as error:
@@ -1111,6 +1112,7 @@ def draw_flower(species, number, size=96):
     picture = np.where(distance < core, seeds, picture) * light
     return Image.fromarray((255 * picture).clip(0, 255).astype(np.uint8))
 
+
 # ---- Command line ----------------------------------------------------------------------------------------
 
 
@@ -1138,7 +1140,8 @@ CHECKS = (  # constants, their type, what must hold, and that in words
     ("crop", (int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("shrinkage layer_decay", (int, float), lambda v: 0 < v <= 1, "above 0, at most 1"),
     ("val_fraction", (int, float), lambda v: 0 < v < 1, "between 0 and 1"),
-    ("lr_stage1 lr_stage2 blocks_lr_factor", (int, float), lambda v: 0 < v < math.inf, "a number above 0"),
+    ("lr_stage1 lr_stage2 blocks_lr_factor clip_norm", (int, float), lambda v: 0 < v < math.inf,
+     "a number above 0"),
     ("skip_unreadable train_depthwise cross_fit refit_head amp", bool, lambda v: True, "True or False"),
 )
 CONSTANTS = {name: globals()[name.upper()] for names, *_ in CHECKS for name in names.split()}
@@ -1169,6 +1172,9 @@ def parse_command_line(argv):
             setattr(cfg, name, value)
             if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or not valid(value):
                 parser.error(f"{name.upper()} must be {words}, not {value!r}")
+    for name in ("data_dir", "out_dir", "weights", "checkpoint"):
+        setattr(cfg, name, getattr(cfg, name) and os.path.expanduser(getattr(cfg, name)))
+    cfg.predict = cfg.predict and [os.path.expanduser(name) for name in cfg.predict]
     if cfg.epochs_stage1 + cfg.epochs_stage2 == 0:
         parser.error("EPOCHS_STAGE1 and EPOCHS_STAGE2 must not both be 0")
     if cfg.checkpoint and not cfg.predict:
@@ -1177,9 +1183,8 @@ def parse_command_line(argv):
 
 
 def choose_device(cfg):
-    """Put a torch.device that works in place of the name, and choose the precision of inference and autocast."""
+    """Put a torch.device that works in place of DEVICE, and choose the precision."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: the same bits each time
-    torch.use_deterministic_algorithms(True, warn_only=True)
     names = [cfg.device] if cfg.device != "auto" else [
         *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
     for name in names:
@@ -1187,11 +1192,13 @@ def choose_device(cfg):
             F.conv2d(*torch.ones(2, 1, 1, 1, 1, device=name)).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             if name == names[-1]:
-                raise UserError(f"no device {name!r} here ({one_line(error)}): set --device to auto or cpu") from None
+                words = f"no device {name!r} here ({one_line(error)}): set --device to auto or cpu"
+                raise UserError(words) from None
             print(f"device     going on without {name}, which does not work: {one_line(error)}")
         else:
             break
     cfg.device, processor = torch.device(name), torch.cpu.get_capabilities()
+    torch.use_deterministic_algorithms(cfg.device.type == "cuda", warn_only=True)
     bfloat16 = processor.get("avx512_bf16") or processor.get("bf16")  # elsewhere it is slower than float32
     half = {"cuda": torch.float16, "cpu": torch.bfloat16 if bfloat16 else torch.float32}
     cfg.dtype = half.get(cfg.device.type, torch.float32) if cfg.amp else torch.float32
@@ -1226,24 +1233,26 @@ def train_and_report(cfg):
     if pretrained is None:
         start_without_pretraining(model, data.splits["train"].paths, cfg)
     frozen, blocks = split_model(model, cfg.unfreeze_last_blocks)
-    total, head, tail = (sum(p.numel() for p in part.parameters()) for part in (model, model.classifier, blocks))
-    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters, trained in stage 1 {head:,}, "
-          f"in stage 2 {head + tail:,}", flush=True)
-    inputs, common = {}, [source_of(make_transforms), cfg.img_size, cfg.crop, weights_digest(frozen), str(cfg.dtype),
-                          cfg.device.type]
+    total, head, tail = (sum(p.numel() for p in part.parameters())
+                         for part in (model, model.classifier, blocks))
+    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters, trained in stage 1 "
+          f"{head:,}, in stage 2 {head + tail:,}", flush=True)
+    common = [source_of(make_transforms), cfg.img_size, cfg.crop, digest(frozen.state_dict()), str(cfg.dtype),
+              cfg.device.type]
+    inputs, views_of_train = {}, (cfg.views, cfg.seed)
     for name, split in data.splits.items():
-        views, drawn_by = (cfg.views, (cfg.views, cfg.seed)) if name == "train" else (0, None)
+        views, drawn_by = (cfg.views, views_of_train) if name == "train" else (0, None)
         batches = (batch for batch, _ in frozen_pass(Frozen(frozen, cfg), split.paths, views, cfg))
-        inputs[name] = Inputs(compute_once(name, [common, split.sha256, drawn_by], len(split.paths), batches, cfg),
-                              split.labels)
-    depends = [common, data.splits["train"].sha256, cfg.views, cfg.seed, weights_digest(blocks)]
+        activations = compute_once(name, [*common, split.digest, drawn_by], len(split.paths), batches, cfg)
+        inputs[name] = Inputs(activations, split.labels)
+    depends = [*common, data.splits["train"].digest, views_of_train, digest(blocks.state_dict())]
     run = Run(model, data, depends, cfg)
     train(model, blocks, inputs["train"], inputs["val"], run, cfg)
     report(model, blocks, inputs, data, run, cfg)
 
 
 def stop(number, _frame):
-    """Signal handler: an exception, so that worker processes are ended on the way out; a second signal kills."""
+    """Signal handler: an exception, so that workers are ended on the way out; a second signal kills."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
@@ -1275,7 +1284,8 @@ def main(argv=()):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
                 r"out of memory|you tried to allocate|DataLoader worker \(pid", str(error)):
             raise
-        code, message = 1, f"error: out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
+        code = 1
+        message = f"error: out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
     except KeyboardInterrupt as error:
         code, message = 128 + (error.args[0] if error.args else signal.SIGINT), "stopped"
         if not cfg.predict:
@@ -1299,12 +1309,12 @@ def one_line(error):
 
 
 def readable(text):
-    """Text with codes for what no terminal shows: line breaks, control characters, bytes that are no letters."""
+    """Text with codes for what no terminal shows: line breaks, control characters, bytes of no letter."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def progress(batches, size, what):
-    """Pass batches on: a bar that counts images where somebody watches, elsewhere one line after a long phase."""
+    """Pass batches on: a bar that counts images where somebody watches, else one line after a long phase."""
     start = time.monotonic()
     with tqdm(batches, what, disable=None, leave=False, unit=" images", unit_scale=size) as bar:
         yield from bar
@@ -1314,13 +1324,14 @@ def progress(batches, size, what):
 
 
 def digest(value):
-    """SHA-256, in hexadecimal, of plain values."""
-    return hashlib.sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def weights_digest(module):
-    """The same of a module's weights."""
-    return digest([(key, hashlib.sha256(value.cpu().numpy()).hexdigest()) for key, value in module.state_dict().items()])
+    """SHA-256, in hexadecimal, of tensors and plain values in lists and dicts of any depth."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, (list, tuple)):
+        value = [digest(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.cpu().numpy()).hexdigest()
+    return hashlib.sha256(repr(value).encode(errors="backslashreplace")).hexdigest()
 
 
 def mix_seed(*parts):
@@ -1340,5 +1351,5 @@ if __name__ == "__main__":
     if AS_SCRIPT:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    if code := main(sys.argv[1:] if "__file__" in globals() else ()):  # a notebook's own arguments are not ours
+    if code := main(sys.argv[1:] if "__file__" in globals() else ()):  # a notebook's arguments are its own
         sys.exit(code)

@@ -3,11 +3,15 @@
     python tests/benchmark.py [--data-dir data] [--weights FILE] [any other option of the program]
 
 The plain loop decodes and augments each image in every epoch in the main process and sends it through all of B3 in
-float32, for training and for validation. A few batches of each of its stages are timed before and after the whole run
-of the program, and the medians are extrapolated to the full schedule. Without --data-dir it draws its own images.
+float32, for training and for validation. A few batches of each of its stages are timed before and after the runs of
+the program, and the medians are extrapolated to the full schedule. The program runs from nothing, then again with
+other constants of stage 2, then on a tenth of the training images (to compare the memory), and names the flowers of
+all images. Without --data-dir it draws its own images.
 """
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,16 +31,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import efficientnet_b3 as program  # noqa: E402
 
 BATCHES = 2  # of each kind that are timed in a round, after one that warms up
-ROUNDS = 2  # before the program's run, and as many after it
+ROUNDS = 2  # before the program's runs, and as many after them
 
 
 class Images(Dataset):
     """Files decoded, resized and augmented (or not) each time they are asked for."""
 
-    def __init__(self, paths, labels, cfg, augment):
-        resize, views, normalize = program.make_transforms(cfg.img_size)
-        self.paths, self.labels = paths, labels
-        self.transform = v2.Compose([resize, *([views] if augment else []), v2.ToImage(), normalize])
+    def __init__(self, split, cfg, augment):
+        transforms = program.make_transforms(cfg)
+        self.paths, self.labels = split.paths, split.labels
+        last = transforms.augment if augment else transforms.centre
+        self.transform = v2.Compose([transforms.resize, last, v2.ToImage(), transforms.normalize])
 
     def __len__(self):
         return len(self.paths)
@@ -48,9 +53,10 @@ class Images(Dataset):
 class PlainLoop:
     """The textbook loop: no workers, float32, the whole model on every image in every epoch."""
 
-    def __init__(self, found, classes, pretrained, run):
-        self.cfg, self.device, self.model = run.cfg, run.device, program.build_model(classes, pretrained).to(run.device)
-        self.loaders = {name: DataLoader(Images(*found[name], run.cfg, augment=name == "train"), run.cfg.batch_size,
+    def __init__(self, data, cfg):
+        self.cfg = cfg
+        self.model = program.build_model(len(data.class_names), program.load_pretrained(cfg.weights)).to(cfg.device)
+        self.loaders = {name: DataLoader(Images(data.splits[name], cfg, augment=name == "train"), cfg.batch_size,
                                          shuffle=True) for name in ("train", "val")}
 
     def seconds_per_image(self, kind):
@@ -67,7 +73,7 @@ class PlainLoop:
         for number in range(BATCHES + 1):
             if number == 1:
                 start = time.perf_counter()
-            images, labels = (part.to(self.device) for part in next(batches))
+            images, labels = (part.to(self.cfg.device) for part in next(batches))
             loss = nn.functional.cross_entropy(self.model(images), labels)
             if blocks is not None:
                 optimizer.zero_grad()
@@ -77,39 +83,24 @@ class PlainLoop:
         return (time.perf_counter() - start) / BATCHES / len(images)
 
 
-def seconds_per_image_of_parts(data, frozen, run):
-    """Of the program's own parts that its run does not time alone: augmentation, and the frozen part."""
-    few = data.splits["val"]._replace(images=data.splits["val"].images[:512])
-    seconds, views = {}, program.AugmentedViews(few.images[:512 // run.cfg.views], run.cfg)
-    start = time.perf_counter()
-    for _ in program.batches_of(views, 4, run.cfg):
-        pass
-    seconds["augmentation"] = (time.perf_counter() - start) / len(views)
-    start = time.perf_counter()
-    program.cache_activations(frozen, "few", data._replace(splits={"few": few}), run)
-    del run.activations["few"]
-    seconds["frozen part"] = (time.perf_counter() - start) / len(few.images)
-    return seconds
-
-
 def memory_of_group(leader):
-    """Bytes in use by all processes of a process group, what they share counted once (Linux; elsewhere 0)."""
+    """Bytes of anonymous and shared memory of all processes of a group, each byte counted once (Linux; elsewhere 0)."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if os.getpgid(int(process.name)) == leader:
-                rows = (process / "smaps_rollup").read_text().split("Pss:")[1].split()
-                total += 1024 * int(rows[0])
-        except (OSError, IndexError):
+                rows = (process / "smaps_rollup").read_text()
+                total += 1024 * sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem): +(\d+)", rows, re.MULTILINE)))
+        except OSError:
             pass  # ended meanwhile
     return total
 
 
-def whole_run(argv, folder):
-    """The program from the start of Python to its end: seconds, peak memory in bytes, metrics, history."""
-    command = [sys.executable, program.__file__, *argv, "--out-dir", folder, "--run-name", "b", "--eval-splits", "val"]
+def whole_run(argv):
+    """The program from the start of Python to its end: seconds, peak memory in bytes, what it printed."""
     start, peak, ended = time.perf_counter(), 0, threading.Event()
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, program.__file__, *argv], start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def watch():
         nonlocal peak
@@ -118,14 +109,13 @@ def whole_run(argv, folder):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    code = process.wait()
+    printed = process.communicate()[0]
     seconds = time.perf_counter() - start
     ended.set()
     watcher.join()
-    if code:
-        sys.exit(f"the program ended with code {code}")
-    metrics = json.loads(Path(folder, "b_metrics.json").read_text())
-    return seconds, peak, metrics, pd.read_csv(Path(folder, "b_history.csv"))
+    if process.returncode:
+        sys.exit(f"the program ended with code {process.returncode}:\n{printed}")
+    return seconds, peak, printed
 
 
 def draw_images(folder):
@@ -144,54 +134,58 @@ def benchmark(argv, folder):
     if "--data-dir" not in argv:
         draw_images(Path(folder, "drawn"))
         argv = [*argv, "--data-dir", str(Path(folder, "drawn")), "--weights", "none"]
-    cfg = program.parse_command_line([*argv, "--eval-splits", "val"])
-    run, data_dir = program.start_run(cfg), Path(cfg.data_dir)
-    find = program.find_own_images if (data_dir / "train").is_dir() else program.find_flowers102
-    names, found = find(data_dir, ["train", "val"])
-    pretrained, data = program.load_pretrained(cfg.weights), program.load_data(cfg)
-    plain = PlainLoop(found, len(names), pretrained, run)
-    frozen, _ = program.split_model(program.build_model(len(names), pretrained), cfg.unfreeze_last_blocks)
-    rounds = []
+    argv = [*argv, "--out-dir", folder, "--run-name", "b", "--eval-splits", "val"]
+    cfg = program.parse_command_line(argv)
+    program.choose_device(cfg)
+    data = program.find_images(cfg)
+    plain, rounds = PlainLoop(data, cfg), []
 
     def measure_rounds():
         for _ in range(ROUNDS):
             rounds.append({kind: plain.seconds_per_image(kind)
                            for kind in ("stage 1", "stage 2", "validation", "forward")})
-            rounds[-1] |= seconds_per_image_of_parts(data, frozen, run)
 
     measure_rounds()
-    seconds, peak, metrics, history = whole_run(argv, folder)
+    seconds, peak, printed = whole_run(argv)
+    history = pd.read_csv(Path(folder, "b_history.csv"))
+    metrics = json.loads(Path(folder, "b_metrics.json").read_text())["splits"]["val"]
+    again, _, _ = whole_run([*argv, "--lr-stage2", str(2 * cfg.lr_stage2), "--epochs-stage2", str(cfg.epochs_stage2 + 1)])
+    paths = [path for split in ("train", "val") for path in data.splits[split].paths]
+    predicted, _, _ = whole_run([*argv, "--predict", *map(str, paths)])
+    small = Path(folder, "tenth")
+    for split, part in data.splits.items():
+        for path, label in list(zip(part.paths, part.labels.tolist()))[::1 if split == "val" else 10]:
+            place = small / split / f"{label:03d}" / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    for label in range(len(data.class_names)):  # each class keeps an image
+        if not (small / "train" / f"{label:03d}").exists():
+            path = data.splits["train"].paths[data.splits["train"].labels.tolist().index(label)]
+            (small / "train" / f"{label:03d}").mkdir()
+            shutil.copy(path, small / "train" / f"{label:03d}")
+    _, small_peak, _ = whole_run([*argv, "--data-dir", str(small), "--run-name", "tenth"])
     measure_rounds()
     cost = {kind: statistics.median(part[kind] for part in rounds) for kind in rounds[0]}
-    train, val = (len(found[name][0]) for name in ("train", "val"))
+    train, val = (len(data.splits[name].paths) for name in ("train", "val"))
     plain_seconds = (cfg.epochs_stage1 * (train * cost["stage 1"] + val * cost["validation"])
                      + cfg.epochs_stage2 * (train * cost["stage 2"] + val * cost["validation"]))
-    phases = metrics["seconds"]
-    device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{os.cpu_count()} processor cores"
+    device = torch.cuda.get_device_name() if cfg.device.type == "cuda" else f"{os.cpu_count()} processor cores"
     print(f"{device}, torch {torch.__version__}, {train} training and {val} validation images; medians of "
           f"{len(rounds)} rounds\n\nplain loop, float32               images/s")
     for kind, words in (("forward", "forward pass alone"), ("stage 1", "training, stage 1"),
                         ("stage 2", "training, stage 2"), ("validation", "validation")):
         print(f"  {words:30} {1 / cost[kind]:9.1f}")
-    print("\nprogram                           images/s")
-    stages = history.groupby("stage").seconds.median()
-    rates = {"decoding": (train + val) / phases["decoding"], "augmentation alone": 1 / cost["augmentation"],
-             "frozen part alone": 1 / cost["frozen part"],
-             "frozen part, training views": cfg.views * train / phases["frozen part, train"],
-             "frozen part, validation": val / phases["frozen part, val"],
-             **{f"epoch of stage {stage}": (train + val) / stages[stage] for stage in stages.index}}
-    for words, rate in rates.items():
-        print(f"  {words:30} {rate:9.1f}")
-    print("\nprogram, whole run                seconds    share")
-    for words, part in (phases | {"start, model, checks": seconds - sum(phases.values())}).items():
-        print(f"  {words:30} {part:9.1f} {part / seconds:7.1%}")
-    print(f"  {'whole run':30} {seconds:9.1f}\n\nplain loop, extrapolated from a few batches to all "
-          f"{cfg.epochs_stage1} + {cfg.epochs_stage2} epochs: {plain_seconds:.0f} s\n"
-          f"program, measured from the start of Python to its last file: {seconds:.0f} s\n"
-          f"the program is {plain_seconds / seconds:.1f} times faster; its frozen part does "
-          f"{cost['forward'] / cost['frozen part']:.1f} times the images of the plain forward pass\n"
-          f"peak memory of the program and its workers: {peak / 2**30:.2f} GiB\n"
-          f"validation accuracy of this run: {metrics['splits']['val']['accuracy']:.2%}")
+    print("\nprogram, phases of five seconds and more, as it tells them")
+    print(*re.findall(r"^[a-z ]+: [0-9,]+ images in \d+ s$", printed, re.MULTILINE), sep="\n")
+    for stage, rows in history.groupby("stage"):
+        print(f"stage {stage}: {rows.seconds.sum():.1f} s, an epoch {rows.seconds.median():.1f} s")
+    print(f"\nplain loop, extrapolated from a few batches to all {cfg.epochs_stage1} + {cfg.epochs_stage2} epochs: "
+          f"{plain_seconds:.0f} s\nprogram, from the start of Python to its last file: {seconds:.0f} s, "
+          f"{plain_seconds / seconds:.1f} times faster\n"
+          f"run again with another LR_STAGE2 and one epoch more: {again:.0f} s, {plain_seconds / again:.1f} times faster\n"
+          f"prediction, with its start: {len(paths)} images in {predicted:.0f} s, {len(paths) / predicted:.1f} images/s\n"
+          f"peak memory of the program and its workers: {peak / 2**30:.2f} GiB; with a tenth of the training images "
+          f"{small_peak / 2**30:.2f} GiB\nvalidation accuracy of this run: {metrics['accuracy']:.2%}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
-"""Images that the tests draw themselves, and options that make a run take seconds."""
+"""Images that the tests draw themselves, options that make a run take seconds, and how files and lines are compared."""
 import hashlib
+import io
+import json
+import os
+import re
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -11,24 +19,82 @@ from scipy.io import savemat
 from torchvision.datasets import Flowers102, flowers102
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import efficientnet_b3 as program  # noqa: E402
+
 COLOURS = {"blue": (40, 60, 220), "red": (220, 40, 50), "yellow": (230, 220, 60)}
+ONE_EPOCH = ["--epochs-stage1", "1", "--epochs-stage2", "0", "--head-init", "random"]  # for tests of other matters
+real = pytest.mark.skipif(not os.environ.get("FLOWERS_DIR") or not os.environ.get("WEIGHTS_FILE"),
+                          reason="FLOWERS_DIR and WEIGHTS_FILE do not name the real images and weights")
 
 
-def draw(path, colour, seed):
-    """A noisy picture of one colour."""
-    noise = np.random.default_rng(seed).integers(-30, 30, (40, 48, 3))
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU; `pytest -m cuda` runs these alone")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Two cores are often shared; subprocesses get as many threads as this process has: the same bits."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def draw(path, colour, seed, size=(40, 48)):
+    """A noisy picture of one colour, in the format of its ending."""
+    noise = np.random.default_rng(seed).integers(-30, 30, (*size, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+def draw_classes(folder, count, names=tuple(COLOURS), ending="png"):
+    """`count` images of each class, in one folder per class."""
+    for offset, (name, colour) in enumerate(zip(names, cycle(COLOURS.values()))):
+        for number in range(count):
+            draw(folder / name / f"{number}.{ending}", colour, 100 * offset + 10 * count + number)
+    return folder
+
+
+def draw_splits(folder, names=tuple(COLOURS)):
+    """Own images: six of each class to train on, three for validation, two to test."""
+    for split, count in (("train", 6), ("val", 3), ("test", 2)):
+        draw_classes(folder / split, count, names)
+    return folder
+
+
+def options_for(images, runs):
+    """Options of a run of seconds; later options override these."""
+    return ["--data-dir", str(images), "--out-dir", str(runs), "--run-name", "t", "--weights", "none",
+            "--img-size", "40", "40", "--views", "2", "--folds", "2", "--batch-size", "8", "--epochs-stage1", "2",
+            "--epochs-stage2", "2", "--eval-splits", "val", "--num-workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture
 def own_images(tmp_path):
-    """A folder of own images: three classes, six images of each to train on, three for validation, two to test."""
-    for split, count in (("train", 6), ("val", 3), ("test", 2)):
-        for offset, (name, colour) in enumerate(COLOURS.items()):
-            for number in range(count):
-                draw(tmp_path / "own" / split / name / f"{number}.png", colour, 100 * offset + 10 * count + number)
-    return tmp_path / "own"
+    return draw_splits(tmp_path / "own")
+
+
+@pytest.fixture
+def options(own_images, tmp_path):
+    return options_for(own_images, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The options of a run that is over, with all its figures and what it said, for tests that only look."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    options = options_for(draw_splits(folder / "own"), folder / "runs") + ["--no-amp", "--eval-splits", "val", "test"]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        assert program.main(options) == 0
+    (folder / "stdout.txt").write_text(out.getvalue())
+    (folder / "stderr.txt").write_text(err.getvalue())
+    return options
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing figures would take a third of the time of a test that does not look at one."""
+    monkeypatch.setattr(program, "save_figure", lambda _figure, path, *_args, **_kw: path.write_bytes(b""))
 
 
 @pytest.fixture
@@ -47,22 +113,95 @@ def flowers(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def options(own_images, tmp_path):
-    """Options of a run of seconds on own images; later options override these."""
-    torch.set_num_threads(1)
-    return ["--data-dir", str(own_images), "--out-dir", str(tmp_path / "runs"), "--run-name", "t", "--weights", "none",
-            "--img-size", "32", "32", "--views", "2", "--folds", "2", "--batch-size", "8", "--epochs-stage1", "2",
-            "--epochs-stage2", "2", "--eval-splits", "val", "--num-workers", "0"]
+def downloads(monkeypatch):
+    """Every download fails as it does without a network; the list tells which were tried."""
+    tried = []
+
+    def fail(*args, **_kwargs):
+        tried.append(args)
+        raise OSError("no network")
+
+    for module, name in ((program, "download_and_extract_archive"), (flowers102, "download_url"),
+                         (flowers102, "download_and_extract_archive"), (torch.hub, "download_url_to_file")):
+        monkeypatch.setattr(module, name, fail)
+    return tried
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    """Every download fails as it does without a network."""
-    import efficientnet_b3
+def weights(tmp_path):
+    """A state dict of EfficientNet-B3 with random numbers, as somebody's own weights."""
+    torch.save(program.build_model(2, seed=1).state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
 
-    def fail(*_args, **_kwargs):
-        raise OSError("no network")
 
-    for module, name in ((efficientnet_b3, "download_and_extract_archive"), (flowers102, "download_url"),
-                         (flowers102, "download_and_extract_archive"), (torch.hub, "download_url_to_file")):
-        monkeypatch.setattr(module, name, fail)
+def settings(options, *extra):
+    """The configuration as the program has it once the device is chosen."""
+    cfg = program.parse_command_line([str(option) for option in (*options, *extra)])
+    program.choose_device(cfg)
+    return cfg
+
+
+def call(options):
+    """The exit code of a command line, whether main returns it or argparse raises it."""
+    try:
+        return program.main([str(option) for option in options])
+    except SystemExit as stop:
+        return stop.code
+
+
+def without_progress(text):
+    """What was said on stderr, but for the lines of long phases, which a busy machine may have."""
+    return re.sub(r"^[\w ]+: [\d,]+ images in \d+ s\n", "", text, flags=re.MULTILINE)
+
+
+def is_one_line(text, *phrases):
+    text = without_progress(text)
+    return text.startswith("error: ") and text.count("\n") == 1 and all(phrase in text for phrase in phrases)
+
+
+def start(*options, script=program.__file__, **environment):
+    """The program as a process of its own, with a stdout as Python buffers it."""
+    return subprocess.Popen([sys.executable, str(script), *map(str, options)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "", **environment})
+
+
+def history_of(folder):
+    """The rows of the history of the run `t`, as numbers."""
+    return pd.read_csv(folder / "t_history.csv").to_dict("records")
+
+
+def figures_of(folder, split="val"):
+    """What the run `t` reports of a split."""
+    return json.loads((folder / "t_metrics.json").read_text())["splits"][split]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program may catch it."""
+
+
+def checkpoint(folder, name):
+    """A checkpoint of the run `t` without what differs between two runs of the same command: the seconds."""
+    state = torch.load(folder / f"t_{name}.pth", weights_only=True)
+    for row in state["history"]:
+        del row["seconds"]
+    return state
+
+
+def checkpoints(folder):
+    return [checkpoint(folder, name) for name in ("best", "last")]
+
+
+def same(a, b):
+    """Equal in every bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def activations(folder, name="*"):
+    """The activation files of the run `t`, and what changes whenever one is written anew."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob(f"t_activations_{name}_*.npy")}

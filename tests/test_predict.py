@@ -1,115 +1,180 @@
-"""--predict names the flowers in files of all kinds, and the demo runs from end to end as a subprocess."""
-import json
+"""--predict names the flowers in files of all kinds, by the model as the report measured it."""
 import os
-import subprocess
-import sys
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import call, draw, is_one_line, settings, start, without_progress
+from filelock import FileLock
 from PIL import Image
 
 import efficientnet_b3 as program
 
-real = pytest.mark.skipif(not os.environ.get("FLOWERS_DIR") or not os.environ.get("WEIGHTS_FILE"),
-                          reason="FLOWERS_DIR and WEIGHTS_FILE do not name the real images and weights")
+
+@pytest.fixture
+def runs(finished):
+    return program.run_file(settings(finished), "best.pth").parent
 
 
-def test_images_of_all_modes_become_upright_rgb(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    picture.save(tmp_path / "plain.png")
-    clear = picture.convert("RGBA")
-    clear.putalpha(0)
-    clear.save(tmp_path / "clear.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    picture.save(tmp_path / "turned.png", exif=exif)
-    picture.convert("L").save(tmp_path / "grey.png")
-    picture.convert("P").save(tmp_path / "palette.png")
-    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    picture.save(tmp_path / "moving.gif", save_all=True, append_images=[picture.rotate(180)])
-    Image.fromarray(np.full((30, 50), 30000, np.uint16)).save(tmp_path / "deep.png")
-    loaded = {path.name: program.load_image(path) for path in tmp_path.iterdir()}
-    assert all(image.mode == "RGB" for image in loaded.values())
-    assert np.asarray(loaded["clear.png"]).min() == 255
-    assert np.array_equal(loaded["turned.png"], np.rot90(pixels, -1))
-    assert np.asarray(loaded["deep.png"])[0, 0].tolist() == [117, 117, 117]
-    assert {image.size for name, image in loaded.items() if name != "turned.png"} == {(50, 30)}
+@pytest.fixture
+def images(tmp_path):
+    """Three images in a folder, two of them in a folder within."""
+    for number, name in enumerate(("a.png", "within/b.jpg", "within/c.gif")):
+        draw(tmp_path / "images" / name, (220, 40, 50), number)
+    return tmp_path / "images"
 
 
-def test_predict_prints_names_and_goes_on_after_a_broken_file(options, own_images, tmp_path, capsys):
-    program.main(options)
-    capsys.readouterr()
-    (own_images / "test" / "broken.jpg").write_bytes(b"not an image")
-    code = program.main(options + ["--predict", str(own_images / "test"), str(own_images / "val" / "blue" / "0.png")])
+def answers(text):
+    """{file: its likeliest class} of what --predict printed."""
+    lines = text.splitlines()
+    heads = [number for number, line in enumerate(lines) if not line.startswith(" ")]
+    return {lines[number]: lines[number + 1].split("%")[1].strip() for number in heads}
+
+
+def test_predictions_are_those_of_the_report(finished, runs, capsys):
+    folder = program.Path(settings(finished).data_dir)
+    assert call([*finished, "--predict", folder / "val", folder / "test"]) == 0
+    rows = pd.read_csv(runs / "t_predictions.csv")
     printed = capsys.readouterr()
-    assert code == 1 and "broken.jpg" in printed.err and printed.err.count("\n") == 1
-    assert printed.out.count(".png") == 7 and printed.out.count("%") == 3 * 7
-    single = ["--predict", str(own_images / "val" / "blue" / "0.png"), "--checkpoint",
-              str(tmp_path / "runs" / "t_last.pth")]
-    assert program.main(single + ["--num-workers", "0"]) == 0
+    assert answers(printed.out) == {str(folder / row.file): row.predicted for row in rows.itertuples()}
+    assert printed.out.count("%") == 15 * 3 and without_progress(printed.err) == ""
+    first = printed.out[printed.out.index(str(folder / rows.file[0])):].splitlines()[1]
+    assert float(first.split("%")[0]) == pytest.approx(100 * rows.probability[0], abs=0.2)
 
 
-def test_prediction_that_is_stopped_promises_no_epochs(options, own_images, monkeypatch, capsys):
+def test_a_broken_file_is_named_and_the_rest_done(finished, images, capsys):
+    (images / "within" / "broken.jpg").write_bytes(b"not an image")
+    assert call([*finished, "--predict", images, images / "a.png"]) == 1
+    printed = capsys.readouterr()
+    assert "broken.jpg" in printed.err and without_progress(printed.err).count("\n") == 1
+    assert list(answers(printed.out)) == [str(images / name) for name in ("a.png", "within/b.jpg", "within/c.gif")]
+    assert printed.out.count("%") == 4 * 3
+
+
+def test_size_and_crop_are_those_of_the_training(finished, images, capsys):
+    told = []
+    for extra in ([], ["--img-size", "64", "96", "--crop", "0.3", "--views", "7", "--batch-size", "1"]):
+        assert call([*finished, *extra, "--predict", images]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+
+
+def test_another_checkpoint_than_the_runs_best(finished, runs, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(runs / "t_last.pth", tmp_path / "other.pth")
+    assert call(["--no-amp", "--num-workers", "0", "--predict", images, "--checkpoint", "~/other.pth"]) == 0
+    assert len(answers(capsys.readouterr().out)) == 3
+
+
+def test_workers_say_the_same(finished, images, capsys):
+    for number in range(12):
+        draw(images / f"{number}.png", (40, 60, 220), number)
+    told = []
+    for workers in (0, 2):
+        assert call([*finished, "--num-workers", workers, "--predict", images]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and len(answers(told[0])) == 15
+
+
+def test_wildcards_that_the_shell_has_left_alone_and_the_home_folder(finished, images, monkeypatch, capsys):
+    draw(images / "[x].png", (40, 60, 220), 0)
+    monkeypatch.setenv("HOME", str(images.parent))
+    monkeypatch.chdir(images)
+    assert call([*finished, "--predict", "*.png", "w*/?.jpg", "[x].png", "~/images/within/c.gif", "~/im*/a.png"]) == 0
+    assert list(answers(capsys.readouterr().out)) == ["[x].png", "a.png", "within/b.jpg", f"{images}/within/c.gif",
+                                                      f"{images}/a.png"]
+
+
+def test_litter_in_a_folder_is_not_asked_about(finished, images, capsys):
+    for name in ("._a.png", "Thumbs.db", ".hidden/0.png", "__MACOSX/0.png"):
+        draw(images / "0.png", (1, 2, 3), 0)
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / "0.png").rename(images / name)
+    assert call([*finished, "--predict", images]) == 0
+    printed = capsys.readouterr()
+    assert len(answers(printed.out)) == 3 and without_progress(printed.err) == ""
+
+
+def test_what_is_passed_over_in_a_folder_is_counted_aloud(finished, images, capsys):
+    for name in ("notes.txt", "more.txt", "film.mp4"):
+        (images / name).write_text("no image")
+    assert call([*finished, "--predict", images]) == 0
+    printed = capsys.readouterr()
+    assert len(answers(printed.out)) == 3
+    assert "2 files .txt" in printed.out + printed.err and "1 files .mp4" in printed.out + printed.err
+
+
+def test_a_file_that_is_named_is_read_whatever_its_ending(finished, images, capsys):
+    (images / "a.png").rename(images / "photo")
+    assert call([*finished, "--predict", images / "photo"]) == 0
+    assert list(answers(capsys.readouterr().out)) == [str(images / "photo")]
+
+
+def test_names_that_no_encoding_has(finished, images, capsys):
+    folder = os.fsencode(images)
+    os.rename(images / "a.png", os.path.join(folder, b"\xff.png"))
+    os.rename(images / "within" / "b.jpg", images / "within" / "line\nbreak.jpg")
+    (images / "bad\nname.png").write_bytes(b"not an image")
+    assert call([*finished, "--predict", images]) == 1
+    printed = capsys.readouterr()
+    printed.out.encode()
+    assert len(answers(printed.out)) == 3 and without_progress(printed.err).count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [np.full((9, 9), 30000, np.uint16), np.zeros((1, 1), np.uint8),
+                                     np.zeros((500, 1, 4), np.uint8), np.ones((9, 9), np.float32)])
+def test_odd_images(content, finished, tmp_path, capsys):
+    Image.fromarray(content).save(tmp_path / "odd.tif")
+    assert call([*finished, "--predict", tmp_path / "odd.tif"]) == 0
+    assert len(answers(capsys.readouterr().out)) == 1
+
+
+@pytest.mark.parametrize("given, phrase", [("no_such_image.jpg", "no_such_image.jpg"), ("*.bmp", "*.bmp"),
+                                           ("empty", "no images"), ("x" * 300, "xxx")])
+def test_nothing_to_predict_is_one_line(given, phrase, finished, images, monkeypatch, capsys):
+    (images / "empty").mkdir()
+    (images / "empty" / "notes.txt").write_text("")
+    monkeypatch.chdir(images)
+    assert call([*finished, "--predict", given]) == 2
+    assert is_one_line(capsys.readouterr().err, phrase)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 broken", {"weight": torch.zeros(3)}, [],
+                                     {"model": {}, "config": {"class_names": ["a", "b"]}, "history": []}], ids=str)
+def test_a_checkpoint_that_is_none_is_one_line(content, finished, images, capsys):
+    path = images / "own.pth"
+    if content is not None:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert call([*finished, "--predict", images / "a.png", "--checkpoint", path]) == 2
+    assert is_one_line(capsys.readouterr().err, "own.pth")
+
+
+def test_a_checkpoint_of_other_transforms_is_said_to_be_one(finished, images, monkeypatch, capsys):
+    real = program.make_transforms
+    monkeypatch.setattr(program, "make_transforms", lambda cfg: real(cfg))
+    assert call([*finished, "--predict", images]) == 0
+    printed = capsys.readouterr()
+    assert "make_transforms" in printed.err and len(answers(printed.out)) == 3
+
+
+def test_a_prediction_that_is_stopped_promises_no_epochs(finished, images, monkeypatch, capsys):
     monkeypatch.setattr(program, "load_checkpoint", lambda _path: program.stop(2, None))
-    assert program.main(options + ["--predict", str(own_images / "val")]) == 130
+    assert call([*finished, "--predict", images]) == 130
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_with_test_time_flip_an_image_and_its_mirror_image_are_the_same(options, tmp_path, capsys):
-    program.main(options)
-    for name, step in (("plain", 1), ("mirrored", -1)):
-        pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)[:, ::step]
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    told = {}
-    for extra in ("--test-time-flip", "--no-test-time-flip"):
-        for name in ("plain", "mirrored"):
-            capsys.readouterr()
-            program.main(options + [extra, "--no-amp", "--predict", str(tmp_path / f"{name}.png")])
-            told[extra, name] = capsys.readouterr().out.splitlines()[1:]
-    assert len(told["--test-time-flip", "plain"]) == 3
-    assert told["--test-time-flip", "plain"] == told["--test-time-flip", "mirrored"]
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # the pipe is found broken at the end, or when it is written to
+def test_a_reader_that_has_seen_enough_meets_no_traceback(unbuffered, finished, images):
+    """As in `--predict d/ | head -1`."""
+    process = start(*finished, "--predict", images, PYTHONUNBUFFERED=unbuffered)
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate()[1] == "" and process.returncode in (0, 141)
 
 
-def test_demo_from_end_to_end(tmp_path):
-    command = [sys.executable, program.__file__, "--demo", "--data-dir", str(tmp_path / "flowers"), "--out-dir",
-               str(tmp_path / "runs")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == ""
-    assert "no result" in result.stdout and "macro-F1" in result.stdout
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {f"demo_{name}" for name in program.RUN_FILES}
-    figures = json.loads((tmp_path / "runs" / "demo_metrics.json").read_text())["splits"]["val"]
-    assert figures["accuracy"] >= 20 / 102
-    for path in (tmp_path / "runs").glob("*.png"):
-        assert Image.open(path).size[0] > 300 and path.stat().st_size <= 1e6
-
-
-@real
-def test_fast_frozen_part_says_what_the_plain_one_says():
-    """On the real validation images: relative error below 6 %, and at most 0.3 points of a head's accuracy."""
-    run = program.start_run(program.parse_command_line(["--data-dir", os.environ["FLOWERS_DIR"], "--eval-splits",
-                                                        "val", "--img-size", "128", "128", "--views", "1"]))
-    data = program.load_data(run.cfg)
-    model = program.build_model(102, program.load_pretrained(os.environ["WEIGHTS_FILE"]))
-    frozen, _ = program.split_model(model, 0)
-    heads = program.Heads(data.splits["train"].labels, model.classifier[1], run.cfg)
-    heads.solve(program.cache_activations(frozen, "train", data, run), 0.3)
-    fast = program.cache_activations(frozen, "val", data, run)[0].float()
-    normalize = program.make_transforms(run.cfg.img_size).normalize
-    with torch.no_grad():
-        plain = torch.cat([model.features(normalize(images.permute(0, 3, 1, 2))).mean((2, 3))
-                           for images in data.splits["val"].images.split(32)])
-    accuracy_of_fast, accuracy_of_plain = (
-        (heads(features)[-1].argmax(1) == data.splits["val"].labels).float().mean() for features in (fast, plain))
-    assert (fast - plain).norm() / plain.norm() < 0.06
-    assert accuracy_of_plain > 0.5 and abs(accuracy_of_fast - accuracy_of_plain) <= 0.003
-
-
-@real
-def test_short_real_run(tmp_path, capsys):
-    code = program.main(["--data-dir", os.environ["FLOWERS_DIR"], "--weights", os.environ["WEIGHTS_FILE"],
-                         "--out-dir", str(tmp_path), "--eval-splits", "val", "--img-size", "96", "96", "--views", "1",
-                         "--epochs-stage1", "1", "--epochs-stage2", "1"])
-    figures = json.loads((tmp_path / "effb3_flowers102_finetune_metrics.json").read_text())["splits"]["val"]
-    assert code == 0 and figures["accuracy"] > 10 / 102  # ten times chance
+def test_predicting_goes_on_beside_a_run(finished, runs, images, capsys):
+    with FileLock(runs / ".t.lock"):
+        assert call([*finished, "--predict", images]) == 0

@@ -1,0 +1,44 @@
+"""The demo needs nothing but the program: it draws its flowers, learns them from scratch and reports."""
+import json
+
+import numpy as np
+from conftest import call, draw, is_one_line, start, without_progress
+from PIL import Image
+
+import efficientnet_b3 as program
+
+
+def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    process = start("--demo", "--views", "2", "--data-dir", tmp_path / "flowers", "--out-dir", tmp_path / "runs")
+    printed, error = process.communicate()
+    assert process.returncode == 0 and without_progress(error) == ""
+    assert "no result" in printed and "macro-F1" in printed and "816 train, 408 val" in printed
+    found = {path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")}
+    assert {name for name in found if "_activations_" not in name} == {f"demo_{name}" for name in program.RUN_FILES}
+    figures = json.loads((tmp_path / "runs" / "demo_metrics.json").read_text())["splits"]["val"]
+    assert figures["accuracy"] >= 20 / 102
+    for path in (tmp_path / "runs").glob("*.png"):
+        assert Image.open(path).size[0] > 300 and path.stat().st_size <= 1e6
+
+
+def test_a_species_has_one_look_in_many_poses():
+    pictures = [np.asarray(program.draw_flower(*which), float) for which in ((3, 0), (3, 0), (3, 1), (4, 0))]
+    assert np.array_equal(pictures[0], pictures[1]) and pictures[0].shape == (96, 96, 3)
+    assert not np.array_equal(pictures[0], pictures[2])
+    assert np.abs(pictures[0] - pictures[3]).mean() > 5
+
+
+def test_a_folder_of_other_files_is_not_drawn_into(tmp_path, capsys):
+    draw(tmp_path / "mine" / "0.png", (1, 2, 3), 0)
+    mine = tmp_path / "mine"
+    for folder, phrase in ((mine, "--data-dir"), (mine / "0.png", "--data-dir"), ("x" * 300, "xxx")):
+        assert call(["--demo", "--data-dir", folder, "--out-dir", tmp_path / "runs"]) == 2
+        assert is_one_line(capsys.readouterr().err, phrase)
+    assert [path.name for path in mine.iterdir()] == ["0.png"]
+
+
+def test_the_demo_has_constants_of_its_own_that_can_be_set(tmp_path):
+    cfg = program.parse_command_line(["--demo", "--views", "3"])
+    assert (cfg.weights, cfg.run_name, cfg.views, cfg.img_size) == ("none", "demo", 3, (96, 96))
+    assert program.parse_command_line([]).run_name == program.CONSTANTS["run_name"] != "demo"

@@ -1,0 +1,124 @@
+"""The model is torchvision's own, cut in two without loss, and takes weights as people have saved them."""
+import pytest
+import torch
+from conftest import call, is_one_line, settings
+from torchvision.models import efficientnet_b0, efficientnet_b3
+from torchvision.models.efficientnet import EfficientNet_B3_Weights
+
+import efficientnet_b3 as program
+
+FIRST = "features.0.0.weight"
+
+
+def test_the_model_is_torchvisions_and_the_same_for_the_same_seed():
+    states = [program.build_model(5, seed=seed).state_dict() for seed in (0, 0, 1)]
+    efficientnet_b3(num_classes=5).load_state_dict(states[0])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0][FIRST], states[2][FIRST])
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 9])
+def test_the_two_parts_are_the_models_own_layers_and_lose_nothing(blocks):
+    model, images = program.build_model(5), torch.rand(2, 3, 64, 64)
+    frozen, unfrozen = program.split_model(model, blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(model.classifier(unfrozen(frozen(images))), model(images))
+    ids = {id(parameter) for parameter in unfrozen.parameters()}
+    assert ids == {id(parameter) for block in model.features[9 - blocks:] for parameter in block.parameters()}
+
+
+def wrapped(state):
+    """What trainers make of a state dict."""
+    module = {f"module.{key}": value for key, value in state.items()}
+    return {"as it is": state, "parameters": {key: torch.nn.Parameter(value) if value.is_floating_point() else value
+                                              for key, value in state.items()},
+            "half precision": {key: value.half() for key, value in state.items()},
+            "state_dict": {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}}, "module": module,
+            "compiled": {f"_orig_mod.{key}": value for key, value in state.items()},
+            "nested": {"epoch": 1, "net": {"module": {f"model.{key}": value for key, value in module.items()}}},
+            "averaged": {"n_averaged": torch.tensor(3), **module},
+            "no classifier": {key: value for key, value in state.items() if not key.startswith("classifier")}}
+
+
+@pytest.mark.parametrize("kind", ["as it is", "parameters", "half precision", "state_dict", "module", "compiled",
+                                  "nested", "averaged", "no classifier"])
+def test_weights_are_freed_of_what_trainers_wrap_around_them(kind, weights):
+    state = torch.load(weights, weights_only=True)
+    torch.save(wrapped(state)[kind], weights)
+    loaded = program.load_pretrained(str(weights))
+    assert loaded.keys() == {key for key in state if key.startswith("features.")}
+    tolerance = 1e-2 if kind == "half precision" else 0
+    assert all(torch.allclose(loaded[key], state[key].float(), rtol=tolerance, atol=tolerance) for key in loaded)
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in loaded.values())
+    program.build_model(7, loaded)  # whose classifier is of another size
+
+
+def test_a_checkpoint_of_the_program_is_a_file_of_weights_too(finished):
+    path = program.run_file(program.parse_command_line(finished), "best.pth")
+    state = torch.load(path, weights_only=True)["model"]
+    assert torch.equal(program.load_pretrained(str(path))[FIRST], state[FIRST])
+
+
+def test_no_weights_and_a_path_in_the_home_folder(weights, options, monkeypatch):
+    monkeypatch.setenv("HOME", str(weights.parent))
+    assert program.load_pretrained("none") is None
+    assert FIRST in program.load_pretrained(settings(options, "--weights", "~/weights.pth").weights)
+
+
+class Evil:
+    """A pickle that runs code where it is loaded."""
+
+    def __reduce__(self):
+        return print, ("code from a stranger ran",)
+
+
+def other_shape():
+    state = program.build_model(2).state_dict()
+    return {**state, FIRST: torch.zeros(3)}
+
+
+@pytest.mark.parametrize("content", [
+    lambda: efficientnet_b0(num_classes=2).state_dict(), lambda: {"weight": torch.zeros(3)}, other_shape, Evil, dict,
+    lambda: [1, 2], lambda: torch.zeros(3), lambda: {"state_dict": {"a": {"b": {}}}}, lambda: b"\0" * 99,
+    lambda: {**{f"features.{n}.x": torch.zeros(1) for n in range(9)}, FIRST: torch.zeros(40, 3, 3, 3)}],
+    ids=["another network", "few", "other shape", "code", "empty", "list", "tensor", "hollow", "bytes", "a key"])
+def test_files_that_hold_no_weights_are_named_in_one_line(content, options, tmp_path, downloads, capsys):
+    torch.save(content(), tmp_path / "own.pth")
+    assert call([*options, "--weights", tmp_path / "own.pth"]) == 2
+    printed = capsys.readouterr()
+    assert is_one_line(printed.err, "own.pth") and "code from a stranger ran" not in printed.out
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Where torch keeps the downloaded weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    name = EfficientNet_B3_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "torch" / "hub" / "checkpoints" / name
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.999])
+def test_a_truncated_download_is_named_and_to_be_deleted(share, cached, weights, options, downloads, capsys):
+    whole = weights.read_bytes()
+    cached.write_bytes(whole[:int(share * len(whole))])
+    assert call([*options, "--weights", "IMAGENET1K_V1"]) == 2
+    assert is_one_line(capsys.readouterr().err, str(cached), "delete") and not downloads
+
+
+def test_cached_weights_need_no_network(cached, weights, downloads):
+    cached.write_bytes(weights.read_bytes())
+    assert FIRST in program.load_pretrained("IMAGENET1K_V1") and not downloads
+
+
+@pytest.mark.parametrize("error, advice", [
+    (OSError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate"), "SSL_CERT_FILE"),
+    (PermissionError(13, "Permission denied", "/some/cache"), "TORCH_HOME"),
+    (OSError(30, "Read-only file system", "/some/cache"), "TORCH_HOME"), (TimeoutError("timed out"), "network")])
+def test_advice_fits_the_cause_of_a_failed_download(error, advice, cached, options, monkeypatch, capsys):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    assert call([*options, "--weights", "IMAGENET1K_V1"]) == 2
+    assert is_one_line(capsys.readouterr().err, advice, "--demo")
