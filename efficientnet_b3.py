@@ -128,21 +128,30 @@ def make_transforms(cfg):
 
 
 def load_image(path):
-    """An image file of any mode as upright RGB: transparency becomes white, an animation its first frame."""
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
-        image.load()
-        with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
-            image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # deep grey: white is the lowest usual white level that no pixel exceeds
-            pixels = np.nan_to_num(np.asarray(image, np.float64))
-            pixels -= min(0, pixels.min())
-            white = next((level for level in (1, 255, 4095, 65535) if pixels.max() <= level), pixels.max())
-            image = Image.fromarray((pixels * (255 / white)).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    """An image file of any mode as upright RGB; UserError says why it cannot be read.
+
+    Transparency becomes white; an animation is its first frame. Of deep greys, white is the lowest of the
+    usual white levels that no pixel exceeds.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
+            image = Image.open(path)
+            image.load()
+            with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
+                image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                pixels = np.nan_to_num(np.asarray(image, np.float64))
+                low, high = min(0, pixels.min()), pixels.max()
+                usual = [level for level in (1, 255, 4095, 65535) if high <= level and low == 0]
+                white = usual[0] if usual else high - low or 1
+                image = Image.fromarray(((pixels - low) * (255 / white)).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
+        raise UserError(one_line(error)) from None
 
 
 def load_views(path, index, views, cfg):
@@ -232,7 +241,8 @@ class Frozen(nn.Module):
             if part.dtype == torch.uint8:
                 part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
             outputs.append(self.layers(part.to(self.dtype)))
-        return torch.cat(outputs).cpu().contiguous().unflatten(0, views.shape[:2])
+        outputs = torch.cat(outputs).cpu().clone(memory_format=torch.contiguous_format)
+        return outputs.unflatten(0, views.shape[:2])
 
 
 def frozen_pass(frozen, paths, views, cfg):
@@ -257,13 +267,13 @@ def batch_of_views(items, views, frozen, cfg):
     for row, (index, path) in zip(batch, items):
         try:
             row[:] = load_views(path, index, views, cfg)
-        except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
-            unreadable[path] = one_line(error)
+        except UserError as error:
+            unreadable[path] = str(error)
     return frozen(torch.from_numpy(batch)).view(torch.uint8).numpy() if frozen else batch, unreadable
 
 
-def compute_once(name, depends, count, batches, cfg):
-    """A tensor [count, V, ...] that `batches` yield in parts, memory-mapped from a file.
+def compute_once(name, depends, shape, batches, cfg):
+    """A tensor of `shape` [N, V, ...] that `batches` yield in parts, memory-mapped from a file.
 
     The file's name ends in a fingerprint of all that the tensor depends on; other files of that `name` are
     removed. It gets that name when it is whole on the disk, and a SHA-256 at its end proves that it still is.
@@ -272,16 +282,16 @@ def compute_once(name, depends, count, batches, cfg):
     for other in set(path.parent.glob(f"{glob.escape(cfg.run_name)}_activations_{name}_*.npy")) - {path}:
         other.unlink()
     if not is_whole(path):
-        sha256, free = hashlib.sha256(), shutil.disk_usage(path.parent).free
+        need, free = math.prod(shape) * cfg.dtype.itemsize, shutil.disk_usage(path.parent).free
+        if need > free:
+            raise UserError(f"activations need {need / 1e9:.1f} GB, {free / 1e9:.1f} are free in "
+                            f"{cfg.out_dir}: lower VIEWS, UNFREEZE_LAST_BLOCKS or IMG_SIZE, or set --out-dir")
+        bytes_shape, sha256 = (*shape[:-1], shape[-1] * cfg.dtype.itemsize), hashlib.sha256()
+        header = {"descr": "|u1", "fortran_order": False, "shape": bytes_shape}
         with replacing(path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
             for batch in batches:
                 content = batch.view(torch.uint8).numpy()
-                if file.tell() == 0:
-                    if (need := count * content[0].nbytes) > free:
-                        raise UserError(f"activations need {need / 1e9:.1f} GB, free in {cfg.out_dir} are "
-                                        f"{free / 1e9:.1f}: lower VIEWS, UNFREEZE_LAST_BLOCKS or IMG_SIZE")
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *content.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
                 file.write(content)
                 sha256.update(content)
             file.write(sha256.digest())
@@ -407,7 +417,8 @@ def train(model, blocks, views, val, run, cfg):
     if len(run.history) <= cfg.epochs_stage1:
         start, frozen = time.perf_counter(), Frozen(blocks, cfg)
         passed_on = pass_on(frozen, views.activations)
-        features = compute_once("features", run.depends, len(views.labels), passed_on, cfg)
+        shape = (*views.activations.shape[:2], model.classifier[1].in_features)
+        features = compute_once("features", run.depends, shape, passed_on, cfg)
         val_features = Inputs(torch.cat(list(pass_on(frozen, val.activations))), val.labels)
         if not run.history:  # epoch 0: the head as it is solved, before any gradient
             if cfg.head_init == "lda":
@@ -510,8 +521,9 @@ def refit(heads, blocks, views, cfg):
 
     Both classify the same features; the mean of two linear heads is a linear head, and better than either.
     """
-    trained, features = copy.deepcopy(heads), pass_on(Frozen(blocks, cfg), views)
-    heads.solve(compute_once("refit", digest(blocks.state_dict()), len(views), features, cfg), cfg.shrinkage)
+    trained, passed_on = copy.deepcopy(heads), pass_on(Frozen(blocks, cfg), views)
+    shape = (*views.shape[:2], heads.weight.shape[2])
+    heads.solve(compute_once("refit", digest(blocks.state_dict()), shape, passed_on, cfg), cfg.shrinkage)
     for solved, other in zip(heads.parameters(), trained.parameters()):
         solved.lerp_(other, 0.5)
 
@@ -555,10 +567,12 @@ class Run:
         try:
             if not cfg.fresh:
                 state, best = (load_checkpoint(run_file(cfg, name)) for name in ("last.pth", "best.pth"))
-                changed = [key for key in {**self.config, **state["config"], **best["config"]}
-                           if not self.config.get(key) == state["config"].get(key) == best["config"].get(key)]
+                changed = [key for key in {**self.config, **state["config"]}
+                           if self.config.get(key) != state["config"].get(key)]
                 reason = f"changed: {listing(changed, 9)}"
                 if not changed:
+                    reason = "the best checkpoint is of another run"
+                if state["config"] == best["config"] == self.config:
                     self.history, self.trainer = state["history"], state["trainer"]
                     model.load_state_dict(state["model"])
                     return
@@ -622,9 +636,10 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise RunError(f"cannot write {path} ({error.strerror or one_line(error)}): what was there before is "
                        "whole; make room or mend it, and run the same command again") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_file(path, content):
@@ -672,6 +687,15 @@ def files_below(folder):
     return [file for path in visible(folder) for file in (files_below(path) if path.is_dir() else [path])]
 
 
+def only_images(files, stream):
+    """Those files that Pillow reads, by their endings; the others are counted aloud."""
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in IMAGE_ENDINGS)
+    for ending, count in others.most_common():
+        words = f"{count} files {ending or 'without an ending'} passed over: no images that Pillow reads"
+        print(f"data       {words}", file=stream)
+    return [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+
+
 def find_images(cfg):
     """The images of the run, all of which can be read. UserError says what is wrong with folder or files."""
     folder = Path(cfg.data_dir)
@@ -709,10 +733,7 @@ def find_class_folders(folder, cfg):
     folders = {split: [path for path in visible(parts[split]) if path.is_dir()] for split in wanted}
     table = pd.DataFrame([(file, split, place.name) for split in wanted for place in folders[split]
                           for file in files_below(place)], columns=["path", "split", "name"])
-    ending = table.path.map(lambda path: path.suffix.lower())
-    for other, count in ending[~ending.isin(IMAGE_ENDINGS)].value_counts().items():
-        print(f"data       passed over, as Pillow reads no such images: {count} {other or 'without ending'}")
-    table = table[ending.isin(IMAGE_ENDINGS)]
+    table = table[table.path.isin(only_images(table.path, sys.stdout))]
     names = sorted(table.name[table.split == "train"].unique())
     if len(names) < 2:
         found = listing([path.name for path in visible(folder)], 9)
@@ -730,7 +751,8 @@ def find_class_folders(folder, cfg):
         table.loc[chosen, "split"] = "val"
         print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, by SEED, are for validation")
     if not {"train", "val"} <= set(table.split):
-        raise UserError(f"{folder} has too few images for training and validation: add some")
+        raise UserError(f"{folder} has too few images for training and validation: add some, or "
+                        "change VAL_FRACTION")
     return class_titles(names, folder), table.assign(label=table.name.map(names.index))
 
 
@@ -798,8 +820,8 @@ def check_files(paths):
         try:
             load_image(path)
             checked.append((hashlib.sha256(path.read_bytes()).hexdigest(), None))
-        except Exception as error:
-            checked.append(("", one_line(error)))
+        except UserError as error:
+            checked.append(("", str(error)))
     return checked
 
 
@@ -861,8 +883,8 @@ def measure(probabilities, labels):
 def summary(split, figures):
     """The figures of one split in two lines."""
     return ("{:10} accuracy {accuracy:.2%} (95% Wilson interval {wilson_95[0]:.1%} to {wilson_95[1]:.1%}), "
-            "macro-F1 {macro_f1:.4f},\n{:10} balanced {balanced_accuracy:.2%}, top-5 {top5_accuracy:.2%}, log loss "
-            "{log_loss:.4f}, expected calibration error {expected_calibration_error:.4f}, {images:,} images"
+            "macro-F1 {macro_f1:.4f},\n{:10} balanced {balanced_accuracy:.2%}, top-5 {top5_accuracy:.2%}, "
+            "log loss {log_loss:.4f}, ECE {expected_calibration_error:.4f}, {images:,} images"
             ).format(split, "", **figures).replace("%", " %")
 
 
@@ -1022,11 +1044,11 @@ def predict(cfg):
     for name in cfg.predict:
         # Windows leaves wildcards to the program.
         found = [Path(name)] if Path(name).exists() else [Path(match) for match in sorted(glob.glob(name))]
-        inside = [file for path in found for file in (files_below(path) if path.is_dir() else [path])
-                  if not path.is_dir() or file.suffix.lower() in IMAGE_ENDINGS]
-        if not inside:
+        files = [path for path in found if not path.is_dir()]
+        inside = [file for path in found if path.is_dir() for file in files_below(path)]
+        if not files and not any(file.suffix.lower() in IMAGE_ENDINGS for file in inside):
             raise UserError(f"{name} does not exist or has no images: name images or folders")
-        paths += inside
+        paths += files + only_images(inside, sys.stderr)
     state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"))
     cfg.img_size, cfg.crop, names = (state["config"][key] for key in ("img_size", "crop", "class_names"))
     if state["config"]["transforms"] != source_of(make_transforms):
@@ -1164,7 +1186,8 @@ def parse_command_line(argv):
         parser.set_defaults(**DEMO)
     cfg = parser.parse_args(argv)
     if cfg.help:  # the Configuration section as it stands
-        parser.exit(0, __doc__ + Path(__file__).read_text("utf-8").split("# ----")[1].lstrip(" -"))
+        print(__doc__ + Path(__file__).read_text("utf-8").split("# ----")[1].lstrip(" -"))
+        parser.exit()
     for names, kind, valid, words in CHECKS:
         for name in names.split():
             value = getattr(cfg, name)
@@ -1239,11 +1262,13 @@ def train_and_report(cfg):
           f"{head:,}, in stage 2 {head + tail:,}", flush=True)
     common = [source_of(make_transforms), cfg.img_size, cfg.crop, digest(frozen.state_dict()), str(cfg.dtype),
               cfg.device.type]
-    inputs, views_of_train = {}, (cfg.views, cfg.seed)
+    inputs, views_of_train, fast = {}, (cfg.views, cfg.seed), Frozen(frozen, cfg)
+    one = fast(torch.zeros(1, 1, *cfg.img_size, 3, dtype=torch.uint8))
     for name, split in data.splits.items():
         views, drawn_by = (cfg.views, views_of_train) if name == "train" else (0, None)
-        batches = (batch for batch, _ in frozen_pass(Frozen(frozen, cfg), split.paths, views, cfg))
-        activations = compute_once(name, [*common, split.digest, drawn_by], len(split.paths), batches, cfg)
+        batches = (batch for batch, _ in frozen_pass(fast, split.paths, views, cfg))
+        shape = (len(split.paths), max(1, views), *one.shape[2:])
+        activations = compute_once(name, [*common, split.digest, drawn_by], shape, batches, cfg)
         inputs[name] = Inputs(activations, split.labels)
     depends = [*common, data.splits["train"].digest, views_of_train, digest(blocks.state_dict())]
     run = Run(model, data, depends, cfg)
@@ -1266,10 +1291,12 @@ def main(argv=()):
     try:
         choose_device(cfg)
         if cfg.predict:
-            return predict(cfg)
-        with open_folder(cfg):
-            train_and_report(cfg)
-        return 0
+            code = predict(cfg)
+        else:
+            with open_folder(cfg):
+                code = train_and_report(cfg)
+        sys.stdout.flush()
+        return code or 0
     except (UserError, RunError) as error:
         code, message = 2 if isinstance(error, UserError) else 1, f"error: {readable(str(error))}"
     except BrokenPipeError:  # the reader, say `head`, has seen enough

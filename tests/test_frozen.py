@@ -86,12 +86,12 @@ def test_the_smallest_images_work(size, options):
 def test_fast_frozen_part_says_what_the_plain_one_says(tmp_path):
     """On the real validation images: relative error below 6 %, and at most 0.3 points of a head's accuracy."""
     cfg = settings(["--data-dir", os.environ["FLOWERS_DIR"], "--eval-splits", "val", "--img-size", "128", "128",
-                    "--views", "1", "--out-dir", str(tmp_path)])
+                    "--out-dir", str(tmp_path)])
     data = program.find_images(cfg)
     model = program.build_model(102, program.load_pretrained(os.environ["WEIGHTS_FILE"]))
     frozen = program.Frozen(program.split_model(model, 0)[0], cfg)
-    train, fast = (torch.cat([part for part, _ in program.frozen_pass(frozen, data.splits[name].paths, views, cfg)])
-                   for name, views in (("train", 1), ("val", 0)))
+    train, fast = (torch.cat([part for part, _ in program.frozen_pass(frozen, data.splits[name].paths, 0, cfg)])
+                   for name in ("train", "val"))
     labels = data.splits["val"].labels
     heads = program.Heads(model.classifier[1], data.splits["train"].labels, cfg)
     heads.solve(train, 0.3)
@@ -112,11 +112,11 @@ def test_fast_frozen_part_says_what_the_plain_one_says(tmp_path):
 
 def test_a_tensor_is_computed_once_for_what_it_depends_on(cfg, outputs, tmp_path):
     log = []
-    assert same(program.compute_once("train", "a", 10, batches_of(outputs, log=log), cfg), outputs) and len(log) == 3
-    assert same(program.compute_once("train", "a", 10, never(), cfg), outputs)
-    program.compute_once("val", "a", 10, batches_of(outputs), cfg)
+    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs, log=log), cfg), outputs) and len(log) == 3
+    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), never(), cfg), outputs)
+    program.compute_once("val", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
     before = activations(tmp_path / "runs")
-    assert same(program.compute_once("train", "b", 10, batches_of(outputs + 1), cfg), outputs + 1)
+    assert same(program.compute_once("train", "b", (10, 2, 7, 3, 3), batches_of(outputs + 1), cfg), outputs + 1)
     after = activations(tmp_path / "runs")
     assert len(before) == len(after) == 2 and len(before.keys() & after.keys()) == 1  # that of val
 
@@ -126,7 +126,7 @@ def test_files_of_other_runs_are_left_alone(cfg, outputs, tmp_path):
                                                     "t_best.pth", "t_activations_train.txt")]
     for other in others:
         other.write_bytes(b"")
-    program.compute_once("train", "a", 10, batches_of(outputs), cfg)
+    program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
     assert all(other.exists() for other in others)
 
 
@@ -149,11 +149,11 @@ def flip_a_bit(content):
 @pytest.mark.parametrize("damage", [cut, lose_the_tail, lose_most, flip_a_bit, lambda content: content[:200],
                                     lambda _content: b"", lambda content: content + b"\0"])
 def test_a_file_that_is_not_whole_is_computed_anew(damage, cfg, outputs, tmp_path):
-    program.compute_once("train", "a", 10, batches_of(outputs), cfg)
+    program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
     path, = activations(tmp_path / "runs")
     path.write_bytes(damage(path.read_bytes()))
-    assert same(program.compute_once("train", "a", 10, batches_of(outputs), cfg), outputs)
-    assert same(program.compute_once("train", "a", 10, never(), cfg), outputs)
+    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg), outputs)
+    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), never(), cfg), outputs)
 
 
 @pytest.mark.parametrize("moment", [1, 2, 5, 9, 10])
@@ -165,7 +165,7 @@ def test_sigkill_during_the_pass_leaves_nothing_taken_for_whole(moment, options,
 
     def compute():
         batches = (part for part, _ in program.frozen_pass(frozen, paths, 2, cfg))
-        return program.compute_once("train", "a", 10, batches, cfg)
+        return program.compute_once("train", "a", (10, 2, 3, *cfg.img_size), batches, cfg)
 
     child = os.fork()
     if not child:
@@ -191,12 +191,12 @@ def test_sigkill_before_the_file_gets_its_name(cfg, outputs, tmp_path):
     if not child:
         os.replace = lambda *_paths: os.kill(os.getpid(), signal.SIGKILL)
         try:
-            program.compute_once("train", "a", 10, batches_of(outputs), cfg)
+            program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
         finally:
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert not activations(tmp_path / "runs")
-    assert same(program.compute_once("train", "a", 10, batches_of(outputs), cfg), outputs)
+    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg), outputs)
 
 
 def test_a_disk_too_small_is_one_line_before_the_pass(options, tmp_path, monkeypatch, capsys):

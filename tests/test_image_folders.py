@@ -47,7 +47,8 @@ def test_train_val_and_test(find, own_images, capsys):
     assert data.class_names == NAMES and counts(data) == {"train": 18, "val": 9, "test": 6}
     for split in data.splits.values():
         assert [NAMES[label] for label in split.labels] == [path.parent.name for path in split.paths]
-        assert split.sha256 == [hashlib.sha256(path.read_bytes()).hexdigest() for path in split.paths]
+        bytes_of_files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in split.paths]
+        assert split.digest == program.digest(bytes_of_files)
     printed = capsys.readouterr().out
     assert "3 classes" in printed and "18 train, 9 val, 6 test" in printed
     assert counts(find(own_images)) == {"train": 18, "val": 9}
