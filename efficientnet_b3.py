@@ -921,7 +921,7 @@ def draw_curves(run, cfg, at_once=False):
     run.next_drawing = time.monotonic() + 10
 
 
-def save_figure(figure, path, dpi=120):
+def save_figure(figure, path, dpi=100):
     """Write a figure as PNG."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
@@ -1022,7 +1022,7 @@ def report(model, blocks, inputs, data, run, cfg):
             short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
             with any_letters(short):
                 figure = plot_mistakes(model, split, name, probabilities, short, cfg)
-                save_figure(figure, run_file(cfg, "mistakes.png"), dpi=80)
+                save_figure(figure, run_file(cfg, "mistakes.png"), dpi=72)
                 figure = plot_confusion_matrix(confusion, short, name)
                 save_figure(figure, run_file(cfg, "confusion_matrix.png"))
             print("\n" + "\n\n".join(texts[1:]))
