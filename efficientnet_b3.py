@@ -1280,8 +1280,12 @@ def train_and_report(cfg):
     report(model, blocks, inputs, data, run, cfg)
 
 
+SIGNALS = []  # an exception that a handler raises within a destructor is lost: `progress` looks here too
+
+
 def stop(number, _frame):
     """Signal handler: an exception, so that workers are ended on the way out; a second signal kills."""
+    SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
@@ -1318,6 +1322,7 @@ def main(argv=()):
         code = 1
         message = f"error: out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
     except KeyboardInterrupt as error:
+        SIGNALS.clear()
         code, message = 128 + (error.args[0] if error.args else signal.SIGINT), "stopped"
         if not cfg.predict:
             message += ": finished epochs are saved; the same command without --fresh continues after them"
@@ -1348,7 +1353,10 @@ def progress(batches, size, what):
     """Pass batches on: a bar that counts images where somebody watches, else one line after a long phase."""
     start = time.monotonic()
     with tqdm(batches, what, disable=None, leave=False, unit=" images", unit_scale=size) as bar:
-        yield from bar
+        for batch in bar:
+            if SIGNALS:
+                raise KeyboardInterrupt(SIGNALS[0])
+            yield batch
     seconds = time.monotonic() - start
     if bar.disable and seconds > 5:
         print(f"{what}: {size * len(batches):,} images in {seconds:.0f} s", file=sys.stderr, flush=True)
