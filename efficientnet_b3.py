@@ -1292,6 +1292,7 @@ def stop(number, _frame):
 
 def main(argv=()):
     """The program; returns its exit code: 2 for bad input, 1 for a failed run, 128 + number for a signal."""
+    SIGNALS.clear()  # of an earlier call
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without the letters of a name shows their codes
             stream.reconfigure(errors="backslashreplace")
@@ -1322,7 +1323,6 @@ def main(argv=()):
         code = 1
         message = f"error: out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
     except KeyboardInterrupt as error:
-        SIGNALS.clear()
         code, message = 128 + (error.args[0] if error.args else signal.SIGINT), "stopped"
         if not cfg.predict:
             message += ": finished epochs are saved; the same command without --fresh continues after them"
