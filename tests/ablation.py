@@ -31,15 +31,14 @@ RECIPES = {
 }
 
 
-def run(recipe, seed, options, folder):
-    """The program's history of one run of a recipe: a table with a row per epoch."""
+def run(options, seed, folder):
+    """The program's history of one run: a table with a row per epoch."""
     name = f"seed{seed}"
-    argv = [*options, *RECIPES[recipe][1], "--seed", str(seed), "--run-name", name, "--out-dir", str(folder),
-            "--eval-splits", "val"]
+    argv = [*options, "--seed", str(seed), "--run-name", name, "--out-dir", str(folder), "--eval-splits", "val"]
     with contextlib.redirect_stdout(io.StringIO()):
         code = program.main(argv)
     if code:
-        sys.exit(f"{recipe}, seed {seed}: the program ended with code {code}")
+        sys.exit(f"seed {seed}, {' '.join(options)}: the program ended with code {code}")
     for old in folder.glob(f"{name}_old*"):
         shutil.rmtree(old)
     return pd.read_csv(folder / f"{name}_history.csv")
@@ -69,19 +68,20 @@ def main():
     program.report = lambda *_args: None  # figures take time, and only the history is read here
     args.out_dir.mkdir(parents=True, exist_ok=True)
     file = args.out_dir / "results.csv"
-    results = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["recipe", "seed", "best", "last", "epoch0"])
+    columns = ["recipe", "options", "seed", "best", "last", "epoch0"]
+    results = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=columns)
     for seed in args.seeds:
         for recipe in args.rows:
-            if ((results.recipe == recipe) & (results.seed == seed)).any():
+            all_options = [*options, *RECIPES[recipe][1]]
+            if ((results.options == " ".join(all_options)) & (results.seed == seed)).any():
                 continue
-            history = run(recipe, seed, options, args.out_dir)
-            accuracy = 100 * history.val_acc
-            row = {"recipe": recipe, "seed": seed, "best": accuracy.max(), "last": accuracy.iloc[-1],
-                   "epoch0": accuracy.iloc[0]}
+            accuracy = 100 * run(all_options, seed, args.out_dir).val_acc
+            row = {"recipe": recipe, "options": " ".join(all_options), "seed": seed, "best": accuracy.max(),
+                   "last": accuracy.iloc[-1], "epoch0": accuracy.iloc[0]}
             results = pd.concat([results, pd.DataFrame([row])], ignore_index=True)
             results.to_csv(file, index=False)
             print(f"{recipe}, seed {seed}: {row['best']:.2f} %", flush=True)
-    print(table(results))
+    print(table(results[results.options.isin([" ".join([*options, *recipe]) for _, recipe in RECIPES.values()])]))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing figures would take a third of the time of a test that does not look at one."""
-    monkeypatch.setattr(program, "save_figure", lambda _figure, path, *_args, **_kw: path.write_bytes(b""))
+    monkeypatch.setattr(program.Figure, "savefig", lambda *_args, **_kw: None)
 
 
 @pytest.fixture
@@ -204,4 +204,4 @@ def same(a, b):
 
 def activations(folder, name="*"):
     """The activation files of the run `t`, and what changes whenever one is written anew."""
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob(f"t_activations_{name}_*.npy")}
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob(f"t_activations_{name}_*.bin")}

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from conftest import (ONE_EPOCH, Killed, activations, call, checkpoint, checkpoints, draw, figures_of, history_of,
-                      is_one_line, same, start)
+                      is_one_line, same, start, without_progress)
 from torchvision.transforms import v2
 
 import efficientnet_b3 as program
@@ -186,7 +186,7 @@ def test_the_best_checkpoint_of_another_run_is_never_reported(options, tmp_path,
     best, other = (folder / "t_best.pth" for folder in (tmp_path / "runs", tmp_path / "other"))
     shutil.copy(other, best)
     assert call(options) == 0
-    assert "best checkpoint is of another run" in capsys.readouterr().out
+    assert "changed: seed" in capsys.readouterr().out
     assert checkpoint(tmp_path / "runs", "best")["config"] == checkpoint(tmp_path / "runs", "last")["config"]
     train = program.train
 
@@ -227,6 +227,29 @@ def test_a_second_signal_kills():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_arrives_within_a_destructor_stops_the_run_too(options, monkeypatch, capsys):
+    """Python loses an exception there."""
+    loss, before = program.Heads.loss, signal.getsignal(signal.SIGINT)
+
+    class Interrupted:
+        def __del__(self):
+            program.stop(signal.SIGINT, None)
+
+    def destroy_something(*args):
+        Interrupted()
+        return loss(*args)
+
+    monkeypatch.setattr(program.Heads, "loss", destroy_something)
+    try:
+        assert call([*options, *ONE_EPOCH]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert without_progress(capsys.readouterr().err).startswith("stopped: ")
+    monkeypatch.setattr(program.Heads, "loss", loss)
+    assert call([*options, *ONE_EPOCH]) == 0  # an earlier call's signal stops no later one
+
+
 # Files
 
 
@@ -238,12 +261,25 @@ def test_a_full_disk_leaves_the_checkpoint_before(options, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(program.os, "fsync", full)
-    with pytest.raises(program.RunError, match="No space left"):
-        program.write_file(tmp_path / "runs" / "t_last.pth", b"half")
+    with pytest.raises(OSError, match="No space left"):
+        program.write_file(tmp_path / "runs" / "t_last.pth", "half")
     assert (tmp_path / "runs" / "t_last.pth").read_bytes() == before
     assert not list((tmp_path / "runs").glob("*.tmp"))
     assert call([*options, *ONE_EPOCH, "--out-dir", tmp_path / "full"]) == 1
     assert is_one_line(capsys.readouterr().err, "No space left", "room")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit to the size of files")
+def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_says_so(tmp_path):
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            program.write_file(tmp_path / "a.pth", {"model": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_whole_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
@@ -256,7 +292,7 @@ def test_files_are_whole_on_the_disk_before_they_get_their_name(tmp_path, monkey
 
 def test_an_unfinished_file_is_removed_whatever_ends_its_writing(tmp_path):
     for error in (KeyboardInterrupt, RuntimeError, OSError):
-        with pytest.raises((error, program.RunError)), program.replacing(tmp_path / "a.bin") as file:
+        with pytest.raises(error), program.replacing(tmp_path / "a.bin") as file:
             file.write(b"half")
             raise error
     assert not list(tmp_path.iterdir())
@@ -264,7 +300,7 @@ def test_an_unfinished_file_is_removed_whatever_ends_its_writing(tmp_path):
 
 def test_stale_unfinished_files_are_removed(options, tmp_path):
     (tmp_path / "runs").mkdir()
-    for name in ("t_last.pth.tmp", "t_activations_train_0.npy.tmp"):
+    for name in ("t_last.pth.tmp", f"t_activations_train_{20 * '0'}.bin.tmp"):
         (tmp_path / "runs" / name).write_bytes(b"half")
     assert call([*options, *ONE_EPOCH]) == 0 and not list((tmp_path / "runs").glob("*.tmp"))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_EPOCH, call, checkpoints, draw_classes, is_one_line, same, settings, start, without_progress
+from conftest import (ONE_EPOCH, call, checkpoints, draw_classes, history_of, is_one_line, same, settings, start,
+                      without_progress)
 
 import efficientnet_b3 as program
 
@@ -32,7 +33,7 @@ ROWS = [
     (["--val-fraction", "1"], "VAL_FRACTION"), (["--val-fraction", "nan"], "VAL_FRACTION"),
     (["--folds", "1"], "FOLDS"), (["--epochs-stage1", "-1"], "EPOCHS_STAGE1"),
     (["--epochs-stage2", "-1"], "EPOCHS_STAGE2"), (["--epochs-stage1", "two"], "--epochs-stage1"),
-    (["--epochs-stage1", "0", "--epochs-stage2", "0"], "both be 0"), (["--lr-stage1", "0"], "LR_STAGE1"),
+    (["--lr-stage1", "0"], "LR_STAGE1"),
     (["--lr-stage1=-1e-3"], "LR_STAGE1"), (["--lr-stage2", "inf"], "LR_STAGE2"), (["--lr-stage2", "nan"], "LR_STAGE2"),
     (["--blocks-lr-factor", "0"], "BLOCKS_LR_FACTOR"), (["--batch-size", "0"], "BATCH_SIZE"),
     (["--batch-size", ""], "--batch-size"), (["--seed", "-1"], "SEED"), (["--run-name", "a/b"], "RUN_NAME"),
@@ -41,11 +42,11 @@ ROWS = [
     (["--device", "abacus"], "abacus"), (["--device", "cuda:99"], "cuda:99"), (["--device", "meta"], "meta"),
     (["--checkpoint", "x.pth"], "--predict"), (["--predict"], "--predict"),
     (["--out-dir", "{own}/train/red/0.png"], "0.png"), (["--out-dir", "{own}/train/red/0.png/x"], "0.png"),
-    (["--weights", "no_such_file.pth"], "no_such_file.pth"), (["--weights", ""], "WEIGHTS"),
+    (["--weights", "no_such_file.pth"], "no_such_file.pth"), (["--weights", ""], "--weights"),
     (["--weights", "{own}/train/red/0.png"], "0.png"), (["--weights", "IMAGENET1K_V1"], "--demo"),
     (["--data-dir", "{own}/nowhere"], "--demo"), (["--unfreeze-last-blocks", "9", "--views", "99999999"], "VIEWS"),
     (["--predict", "no_such_image.jpg"], "no_such_image.jpg"), (["--predict", "{own}/train"], "no checkpoint"),
-    (["--predict", "{own}/empty"], "no images"), (["--data-dir", "{own}/train/red/0.png"], "is a file"),
+    (["--predict", "{own}/empty"], "no images"), (["--data-dir", "{own}/train/red/0.png"], "Not a directory"),
     (["--seed", str(2**64)], "SEED"), (["--batch-size", str(2**40)], "BATCH_SIZE"),
 ]
 
@@ -100,10 +101,16 @@ def test_every_constant_is_an_option_with_its_comment(capsys):
         assert program.CONSTANTS[name.lower()] == eval(value)
 
 
+def test_no_epochs_at_all_report_the_head_as_it_is_solved(options, tmp_path, no_figures, capsys):
+    options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "0"]
+    assert call(options) == 0 and [row["epoch"] for row in history_of(tmp_path / "runs")] == [0]
+    assert call(options) == 0 and "new run" not in capsys.readouterr().out
+
+
 def test_options_are_read_as_their_constants_type(capsys):
     cfg = program.parse_command_line("--lr-stage1 3e-4 --img-size 64 32 --no-amp --eval-splits test".split())
     assert (cfg.lr_stage1, cfg.img_size, cfg.amp, cfg.eval_splits) == (3e-4, (64, 32), False, ("test",))
-    assert cfg.batch_size == program.BATCH_SIZE and cfg.predict is None and not cfg.fresh and not cfg.demo
+    assert cfg.batch_size == program.BATCH_SIZE and not cfg.predict and not cfg.fresh and not cfg.demo
 
 
 def edited(tmp_path, **constants):
@@ -142,7 +149,7 @@ def test_pasted_into_a_notebook_it_runs_with_the_constants_as_they_are(own_image
     interrupt = signal.getsignal(signal.SIGINT)
     cell = {"__name__": "__main__", "__builtins__": __builtins__}
     exec(compile(source, "<cell>", "exec"), cell)
-    assert "macro-F1" in capsys.readouterr().out and (tmp_path / "runs" / "t_acc.png").exists()
+    assert "macro_f1" in capsys.readouterr().out and (tmp_path / "runs" / "t_acc.png").exists()
     cell["main"]()
     assert "new run" not in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is interrupt  # the notebook's own

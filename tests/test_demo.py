@@ -13,7 +13,7 @@ def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
     process = start("--demo", "--views", "2", "--data-dir", tmp_path / "flowers", "--out-dir", tmp_path / "runs")
     printed, error = process.communicate()
     assert process.returncode == 0 and without_progress(error) == ""
-    assert "no result" in printed and "macro-F1" in printed and "816 train, 408 val" in printed
+    assert "no result" in printed and "macro_f1" in printed and "816 train, 408 val" in printed
     found = {path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")}
     assert {name for name in found if "_activations_" not in name} == {f"demo_{name}" for name in program.RUN_FILES}
     figures = json.loads((tmp_path / "runs" / "demo_metrics.json").read_text())["splits"]["val"]

@@ -35,7 +35,7 @@ def test_solved_heads_are_linear_discriminant_analysis_without_their_fold(option
 @pytest.mark.parametrize("shrinkage", [0.01, 0.3, 1.0])
 def test_discriminant_is_scikit_learns_on_the_rows_that_count(shrinkage):
     rows = torch.tensor([0, 3, 5, 9, 10, 11, 12, 16, 17, 23])
-    weight, bias = program.discriminant(features(), LABELS, rows, 3, shrinkage)
+    weight, bias = program.discriminant(*program.moments(features(), LABELS, rows, 3), shrinkage)
     reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
     reference.fit(features()[rows].flatten(0, 1).numpy(), LABELS[rows].repeat_interleave(2).numpy())
     np.testing.assert_allclose(weight, reference.coef_, rtol=1e-3, atol=1e-5)
@@ -46,7 +46,7 @@ def test_the_temperature_is_the_best_one_for_left_out_images(options):
     generator = torch.Generator().manual_seed(1)
     heads, data = heads_for(LABELS, options), features() + 2 * torch.randn(24, 2, 5, generator=generator)
     heads.solve(data, 0.3)
-    logits = heads.judge_all(data, heads.folds)
+    logits = heads.judge_left_out(data)
     best = F.cross_entropy(logits, LABELS)
     assert all(best < F.cross_entropy(factor * logits, LABELS) for factor in (0.5, 0.9, 1.1, 2))
 

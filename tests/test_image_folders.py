@@ -3,6 +3,7 @@ in silence, and nothing is downloaded into a folder that holds something else.""
 import hashlib
 import json
 import os
+import shutil
 import socket
 
 import pytest
@@ -264,7 +265,7 @@ def test_nothing_is_downloaded_into_a_folder_of_other_things(content, options, t
 
 
 def test_a_file_instead_of_a_folder(options, own_images, downloads, capsys):
-    refuse([*options, "--data-dir", own_images / "train" / "red" / "0.png"], capsys, "is a file")
+    refuse([*options, "--data-dir", own_images / "train" / "red" / "0.png"], capsys, "Not a directory")
     assert not downloads
 
 
@@ -332,18 +333,23 @@ def test_advice_fits_the_cause_of_a_failed_download(error, advice, options, tmp_
     refuse([*options, "--data-dir", tmp_path / "new"], capsys, advice)
 
 
-@pytest.mark.parametrize("file, content, named", [
-    ("setid.mat", b"changed", "setid.mat"), ("jpg/image_00003.jpg", None, "image_00003.jpg"),
-    ("jpg/image_00020.jpg", b"\xff\xd8\xff\xe0 truncated", "image_00020.jpg")])
-def test_damaged_flowers_are_named_or_repaired(file, content, named, flowers, options, downloads, monkeypatch, capsys):
-    path, options = flowers / "flowers-102" / file, [*options, *ONE_EPOCH, "--data-dir", flowers]
-    whole = path.read_bytes()
+@pytest.mark.parametrize("file, content", [
+    ("setid.mat", b"changed"), ("jpg/image_00003.jpg", None), ("jpg/image_00020.jpg", b"\xff\xd8\xff\xe0 truncated")])
+def test_damaged_flowers_are_named(file, content, flowers, options, downloads, capsys):
+    path = flowers / "flowers-102" / file
     path.write_bytes(content) if content else path.unlink()
-    refuse(options, capsys, named)
-    assert downloads
-    if "jpg" in file:
-        monkeypatch.setattr(program, "download_and_extract_archive", lambda *_args, **_kw: path.write_bytes(whole))
-        assert call(options) == 0
+    refuse([*options, "--data-dir", flowers], capsys, path.name)
+
+
+def test_an_interrupted_extraction_is_repaired(flowers, options, monkeypatch):
+    jpg, archive = flowers / "flowers-102" / "jpg", flowers.parent / "archive"
+    shutil.copytree(jpg, archive)
+    (jpg / "image_00003.jpg").write_bytes(b"\xff\xd8\xff\xe0 truncated")
+    for number in range(4, 31):
+        (jpg / f"image_{number:05d}.jpg").unlink()
+    monkeypatch.setattr(program, "download_and_extract_archive",
+                        lambda *_args, **_kw: shutil.copytree(archive, jpg, dirs_exist_ok=True))
+    assert call([*options, *ONE_EPOCH, "--data-dir", flowers]) == 0
 
 
 @real

@@ -1,6 +1,7 @@
 """What a run leaves behind: a plain model, figures that can be checked by hand, and pictures that show any name."""
 import csv
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ def test_metrics_against_figures_by_hand():
     figures, table = program.measure(probabilities, torch.tensor([0, 0, 1, 1]))
     assert figures["accuracy"] == 0.75 and figures["top5_accuracy"] == 1 and figures["images"] == 4
     assert figures["balanced_accuracy"] == 0.75
-    assert figures["wilson_95"] == pytest.approx([0.3006, 0.9544], abs=1e-3)
+    assert [figures["wilson_95_low"], figures["wilson_95_high"]] == pytest.approx([0.3006, 0.9544], abs=1e-3)
     assert figures["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
     assert figures["expected_calibration_error"] == pytest.approx((0.2 + 0.4 + 0.3 + 0.9) / 4, abs=1e-6)
     assert figures["log_loss"] == pytest.approx(-np.log([0.8, 0.6, 0.7, 0.1]).mean(), abs=1e-6)
@@ -101,11 +102,11 @@ def test_the_history_has_both_rates_and_epoch_0(finished):
 def test_the_terminal_tells_the_story_and_ends_on_the_summary(finished):
     printed = (files_of(finished)["best.pth"].parent.parent / "stdout.txt").read_text()
     places = [printed.index(text) for text in ("18 train, 9 val, 6 test", "trained in stage 1", "stage  epoch",
-                                               "precision", "most confused", "best       epoch", "macro-F1")]
+                                               "precision", "most confused", "best epoch", "macro_f1")]
     assert places == sorted(places)
     assert printed.count("precision") == 1  # of the first split
-    last = printed[printed.index("best       epoch"):].splitlines()
-    assert [line.split()[0] for line in last if line[0] != " "] == ["best", "val", "test"]
+    last = [line.split() for line in printed[printed.index("best epoch"):].splitlines()]
+    assert last[1] == ["val", "test"] and ["accuracy", "macro_f1"] == [last[2][0], last[6][0]] and len(last) == 10
     table = printed[printed.index("stage  epoch"):].splitlines()
     assert [line.split()[:2] for line in table[1:6]] == [["1", "0"], ["1", "1"], ["1", "2"], ["2", "3"], ["2", "4"]]
     assert without_progress((files_of(finished)["best.pth"].parent.parent / "stderr.txt").read_text()) == ""
@@ -114,11 +115,11 @@ def test_the_terminal_tells_the_story_and_ends_on_the_summary(finished):
 def test_the_report_has_every_class_and_pair(finished):
     files = files_of(finished)
     report = files["report.txt"].read_text()
-    assert all(text in report for text in ("blue", "red", "yellow", "precision", "recall", "macro-F1", "class, test"))
+    assert all(text in report for text in ("blue", "red", "yellow", "precision", "recall", "macro_f1", "test: each class"))
     rows = list(csv.DictReader(files["predictions.csv"].open()))
     pairs = pd.Series([(row["true"], row["predicted"]) for row in rows
                        if row["split"] == "val" and row["true"] != row["predicted"]], dtype=object).value_counts()
-    part = report[report.index("most confused, val"):].split("\n\n")[0]
+    part = report[report.index("val: most confused"):].split("\n\n")[0]
     assert part.count("taken for") == len(pairs)
     for (true, predicted), count in pairs.items():
         assert f"{count} of 3 {true} taken for {predicted}" in part
@@ -147,18 +148,27 @@ def test_history_and_curves_exist_during_the_run(options, tmp_path, monkeypatch)
 
 
 def test_curves_are_drawn_every_ten_seconds_at_most_and_at_the_end(options, tmp_path, monkeypatch):
-    drawn, clock = [], [1000.0]
-    monkeypatch.setattr(program, "save_figure", lambda _, path, *_args, **_kw: drawn.append((path.name, clock[0])))
-    monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
-    real = program.train_one_epoch
+    drawn, clock, real, write = [], [1000.0], program.train_one_epoch, program.write_file
+
+    def now():
+        return clock[0]
+
+    def write_at_that_time(path, content):
+        drawn.append((path.name, now()))
+        write(path, content)
+        os.utime(path, (now(), now()))
+
+    monkeypatch.setattr(program, "write_file", write_at_that_time)
+    monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=now, perf_counter=now, time=now))
     monkeypatch.setattr(program, "train_one_epoch", lambda *args: (clock.__setitem__(0, clock[0] + 4), real(*args))[1])
     assert call([*options, *ONE_EPOCH, "--epochs-stage1", "7"]) == 0
     assert [at for name, at in drawn if name == "t_loss.png"] == [1000, 1012, 1024, 1028]
 
 
 def test_a_figure_says_what_its_training_curve_is(options, tmp_path, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(program, "save_figure", lambda figure, path, *_args, **_kw: figures.update({path.name: figure}))
+    figures, write = {}, program.write_file
+    monkeypatch.setattr(program, "write_file", lambda path, content: (
+        write(path, content), figures.update({path.name: content})))
     assert call([*options, *ONE_EPOCH]) == 0
     legend = [text.get_text() for text in figures["t_acc.png"].legends[0].get_texts()]
     assert any("not seen" in text for text in legend) and any("validation" in text for text in legend)

@@ -43,15 +43,15 @@ def test_epoch_0_is_the_solved_head_before_any_gradient(options, own_images, tmp
     cfg = settings(options, "--no-amp")
     data = program.find_images(cfg)
     model = program.build_model(3, kept[0]["model"])
-    features = {name: torch.cat([part for part, _ in program.frozen_pass(
-        program.Frozen(program.split_model(model, 0)[0], cfg), data.splits[name].paths, views, cfg)])
+    features = {name: torch.cat(list(program.frozen_pass(
+        program.Frozen(program.split_model(model, 0)[0], cfg), data.splits[name].paths, views, cfg)))
         for name, views in (("train", 2), ("val", 0))}
     heads = program.Heads(model.classifier[1], data.splits["train"].labels, cfg)
     heads.solve(features["train"], cfg.shrinkage)
     torch.testing.assert_close(heads.weight[-1], model.classifier[1].weight, rtol=1e-2, atol=1e-3)
     right = model.classifier[1](features["val"][:, 0]).argmax(1) == data.splits["val"].labels
     assert row["val_acc"] == pytest.approx(right.float().mean().item())
-    judged = heads.judge_all(features["train"], heads.folds).argmax(1) == data.splits["train"].labels
+    judged = heads.judge_left_out(features["train"]).argmax(1) == data.splits["train"].labels
     assert row["train_acc"] == pytest.approx(judged.float().mean().item())
 
 
@@ -64,7 +64,7 @@ def start_of(options):
     """The weights that a run starts from."""
     cfg = settings(options)
     model = program.build_model(3, seed=cfg.seed)
-    program.start_without_pretraining(model, program.find_images(cfg).splits["train"].paths, cfg)
+    program.start_without_pretraining(model)
     return model.state_dict()
 
 
