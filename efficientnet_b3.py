@@ -68,7 +68,7 @@ from tqdm import tqdm
 DATA_DIR = "data"  # Flowers-102 (downloaded if missing or empty), or own images in one folder per class
 IMG_SIZE = (300, 300)  # height and width in pixels
 CROP = 0.0  # training views are random crops of at least this share of an image; 0: whole images
-VIEWS = 8  # augmented views of each training image; epoch e trains on view e - 1 mod VIEWS
+VIEWS = 8  # augmented views of each training image; epoch e trains on view (e - 1) mod VIEWS
 VAL_FRACTION = 0.2  # of own images without a folder val, the share of each class drawn for validation
 SKIP_UNREADABLE = False  # go on without images that cannot be read
 EVAL_SPLITS = ("val", "test")  # splits that the report covers, where there are images: val, test or both
@@ -88,10 +88,10 @@ LR_STAGE1 = 1e-3  # learning rate of the first epoch; it falls to 0 in a straigh
 # Stage 2: fine-tuning
 EPOCHS_STAGE2 = 5  # passes over the training images
 LR_STAGE2 = 1e-4  # learning rate of the head in the stage's first epoch; it falls alike
-BLOCKS_LR_FACTOR = 10.0  # times LR_STAGE2 is the learning rate of the last block ...
-LAYER_DECAY = 1.0  # ... and times that of the block after it, that of each block before
+BLOCKS_LR_FACTOR = 10.0  # the last block's learning rate is this times LR_STAGE2 ...
+LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the block after it
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
-CROSS_FIT = True  # blocks learn from a head that has not seen the image; off: from the head of all images
+CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
 CLIP_NORM = 1.0  # longer gradients of the unfrozen blocks are shortened to this norm
 REFIT_HEAD = True  # end on the mean of the trained head and lda's on the fine-tuned features
 
@@ -149,16 +149,16 @@ def load_image(path):
         raise UserError(f"{path}: {one_line(error)}") from None
 
 
-def load_views(path, index, views, cfg):
-    """A file, decoded once, as `views` augmented views, or, if 0, as it is: uint8 [V, H, W, 3].
+def load_views(path, index, num_views, cfg):
+    """A file, decoded once, as `num_views` augmented views, or, if 0, as it is: uint8 [V, H, W, 3].
 
     View v of image i is a function of (SEED, v, i) alone: the same in any process, order and continued run.
     """
     transforms, images = make_transforms(cfg), []
     image = transforms.resize(load_image(path))
-    for view in range(max(1, views)):
+    for view in range(max(1, num_views)):
         torch.default_generator.manual_seed(mix_seed(cfg.seed, "view", view, index))
-        images.append(transforms.augment(image) if views else transforms.centre(image))
+        images.append(transforms.augment(image) if num_views else transforms.centre(image))
     return np.stack(images)
 
 
@@ -211,7 +211,7 @@ def split_model(model, blocks):
 # channels_last, half precision, few images at a time so that they stay in a processor's cache, and one
 # process per core. The next run, with other epochs or learning rates, finds the file and computes none.
 
-Inputs = namedtuple("Inputs", "activations labels depends")  # [N, V, ...], int64 [N], their fingerprint
+Inputs = namedtuple("Inputs", "tensor labels depends")  # activations or features [N, V, ...], int64 [N], ...
 
 
 class Frozen:
@@ -239,21 +239,21 @@ class Frozen:
         return outputs.unflatten(0, views.shape[:2])
 
 
-def frozen_pass(frozen, paths, views, cfg):
+def frozen_pass(frozen, paths, num_views, cfg):
     """Send image files through `frozen`: yields outputs [B, V, ...]."""
     # A GPU is fed by all processes; processors are busiest when each one takes its images all the way.
-    on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, views))
-    work = partial(batch_of_views, views=views, frozen=frozen if on_cpu else None, cfg=cfg)
+    on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, num_views))
+    work = partial(batch_of_views, num_views=num_views, frozen=frozen if on_cpu else None, cfg=cfg)
     for batch in progress(map_batches(work, list(enumerate(paths)), size, cfg), size, "frozen part"):
         if isinstance(batch, str):
             raise RunError(f"cannot read {batch}: mend or remove it, and run the same command again")
         yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else frozen(torch.from_numpy(batch))
 
 
-def batch_of_views(items, views, frozen, cfg):
+def batch_of_views(items, num_views, frozen, cfg):
     """Views of files, (index, path), or what `frozen` says of them, as bytes; or why one cannot be read."""
     try:
-        batch = np.stack([load_views(path, index, views, cfg) for index, path in items])
+        batch = np.stack([load_views(path, index, num_views, cfg) for index, path in items])
     except UserError as error:
         return str(error)
     # NumPy arrays go through a pipe; tensors would need shared memory, which containers are short of.
@@ -287,22 +287,23 @@ def is_whole(path):
     return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
 
 
-def activations_of(name, split, frozen, cfg):
-    """The Inputs of a split: what `frozen` says of VIEWS views of each training image, else of the image."""
-    views, fast = cfg.views if name == "train" else 0, Frozen(frozen, cfg)
-    depends = [source_of(make_transforms), cfg.img_size, cfg.crop, views and (views, cfg.seed), split.digest,
+def activations_once(name, split, frozen, cfg):
+    """Inputs of a split: what `frozen` says of VIEWS views of each training image, or of each other image."""
+    num_views, fast = cfg.views if name == "train" else 0, Frozen(frozen, cfg)
+    drawn_by = (num_views, cfg.seed) if num_views else None
+    depends = [source_of(make_transforms), cfg.img_size, cfg.crop, drawn_by, split.digest,
                digest(frozen.state_dict()), str(cfg.dtype), cfg.device.type]
     one = fast(torch.zeros(1, 1, *cfg.img_size, 3, dtype=torch.uint8))
-    shape = (len(split.paths), max(1, views), *one.shape[2:])
-    batches = frozen_pass(fast, split.paths, views, cfg)
+    shape = (len(split.paths), max(1, num_views), *one.shape[2:])
+    batches = frozen_pass(fast, split.paths, num_views, cfg)
     return Inputs(compute_once(name, depends, shape, batches, cfg), split.labels, depends)
 
 
-def pool(name, blocks, inputs, cfg):
-    """The same Inputs with pooled features [N, V, D] in place of activations: the blocks stand still too."""
-    frozen, depends = Frozen(blocks, cfg), [inputs.depends, digest(blocks.state_dict())]
-    batches = map(frozen, progress(inputs.activations.split(64), 64, "frozen blocks"))
-    shape = (*inputs.activations.shape[:2], *frozen(inputs.activations[:1, :1]).shape[2:])
+def features_once(name, blocks, inputs, cfg):
+    """Inputs of pooled features [N, V, D]: what the last blocks, as they are now, say of activations."""
+    fast, depends = Frozen(blocks, cfg), [inputs.depends, digest(blocks.state_dict())]
+    batches = map(fast, progress(inputs.tensor.split(64), 64, "last blocks"))
+    shape = (*inputs.tensor.shape[:2], *fast(inputs.tensor[:1, :1]).shape[2:])
     return Inputs(compute_once(name, depends, shape, batches, cfg), inputs.labels, depends)
 
 
@@ -335,22 +336,21 @@ class Heads(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
 
     def loss(self, features, images):
-        """What the heads learn from: the cross-entropy of each on those images that it may see, summed."""
+        """The loss of the heads: the cross-entropy of each on those images that it may see, summed."""
         logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
         targets = self.targets[:, images]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(images)
 
-    def judge(self, features, heads):
-        """What the blocks learn from: logits [B, classes], where head number heads[i] judges image i."""
+    def judge(self, features, which):
+        """For the loss of the blocks: logits [B, classes], where head number which[i] judges image i."""
         logits = torch.einsum("bd,kcd->kbc", features, self.weight.detach()) + self.bias.detach()[:, None]
-        return logits[heads, torch.arange(len(heads))]
+        return logits[which, torch.arange(len(which))]
 
-    def judge_left_out(self, features):
-        """Of one view of each image, what a head says that has not seen it: logits [N, classes], on the CPU.
-        """
+    def judge_all(self, features, which):
+        """The same for one view of each image of features [N, V, D]: logits [N, classes] on the CPU."""
         parts = torch.arange(len(features)).split(512)
         views = (features[images, images % features.shape[1]].to(self.weight) for images in parts)
-        return torch.cat([self.judge(view, self.folds[images]) for view, images in zip(views, parts)]).cpu()
+        return torch.cat([self.judge(view, which[images]) for view, images in zip(views, parts)]).cpu()
 
     @torch.no_grad()
     def solve(self, features, shrinkage):
@@ -366,7 +366,8 @@ class Heads(nn.Module):
         for head, left_out in enumerate([*parts[:-1], (0, 0, 0)]):
             seen = [whole - part for whole, part in zip(total, left_out)]
             self.weight[head], self.bias[head] = discriminant(*seen, shrinkage)
-        logits, targets = self.judge_left_out(features), self.labels.where(self.folds < last, -100).cpu()
+        logits = self.judge_all(features, self.folds)
+        targets = self.labels.where(self.folds < last, -100).cpu()  # those that a head has not seen
 
         def loss(log):
             """Of the logits times e to the power of `log`."""
@@ -407,29 +408,30 @@ def discriminant(counts, sums, products, shrinkage):
 # ---- Training --------------------------------------------------------------------------------------------
 
 
-def train(model, blocks, views, val, run, cfg):
+def train(model, blocks, inputs, val_inputs, run, cfg):
     """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
-    heads, nothing = Heads(model.classifier[1], views.labels, cfg), nn.Sequential()
+    heads, nothing = Heads(model.classifier[1], inputs.labels, cfg), nn.Sequential()
     if run.trainer:
         heads.load_state_dict(run.trainer["heads"])
 
     # Stage 1. The last blocks stand still too: what they say is computed once, and the heads learn from it.
     if len(run.history) <= cfg.epochs_stage1:
-        features, val_features = pool("features", blocks, views, cfg), pool("val_features", blocks, val, cfg)
+        features = features_once("features", blocks, inputs, cfg)
+        val_features = features_once("val_features", blocks, val_inputs, cfg)
         if not run.history:  # epoch 0: the head as it is solved, before any gradient
             if cfg.head_init == "lda":
-                heads.solve(features.activations, cfg.shrinkage)
+                heads.solve(features.tensor, cfg.shrinkage)
             row = {"stage": 1, "epoch": 0, "lr_head": 0.0, "lr_blocks": 0.0}
-            row |= scores("train", heads.judge_left_out(features.activations), views.labels)
+            row |= scores("train", heads.judge_all(features.tensor, heads.judges), inputs.labels)
             finish_epoch(row, model, nothing, val_features, {"heads": heads}, run, cfg)
         train_stage(1, model, nothing, heads, features, val_features, run, cfg)
 
     # Stage 2. The last blocks learn as well.
-    train_stage(2, model, blocks, heads, views, val, run, cfg)
+    train_stage(2, model, blocks, heads, inputs, val_inputs, run, cfg)
 
 
-def train_stage(stage, model, blocks, heads, views, val, run, cfg):
-    """Train the heads and `blocks` on `views` for the epochs of a stage that `run` has not had."""
+def train_stage(stage, model, blocks, heads, inputs, val_inputs, run, cfg):
+    """Train the heads and `blocks` on `inputs` for the epochs of a stage that `run` has not had."""
     first, epochs, rate = ((1, cfg.epochs_stage1, cfg.lr_stage1) if stage == 1 else
                            (1 + cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage2))
     optimizer = torch.optim.Adam(parameter_groups(blocks, heads, rate, cfg))
@@ -442,11 +444,11 @@ def train_stage(stage, model, blocks, heads, views, val, run, cfg):
     for epoch in range(len(run.history), first + epochs):
         lr_head, *lr_blocks = scheduler.get_last_lr()
         row = {"stage": stage, "epoch": epoch, "lr_head": lr_head, "lr_blocks": max(lr_blocks, default=0.0)}
-        row |= train_one_epoch(blocks, heads, views.activations, optimizer, scaler, epoch, cfg)
+        row |= train_one_epoch(blocks, heads, inputs.tensor, optimizer, scaler, epoch, cfg)
         scheduler.step()
         if epoch == cfg.epochs_stage1 + cfg.epochs_stage2 and len(blocks) and cfg.refit_head:
-            refit(heads, blocks, views, cfg)
-        finish_epoch(row, model, blocks, val, trainer, run, cfg)
+            refit(heads, blocks, inputs, cfg)
+        finish_epoch(row, model, blocks, val_inputs, trainer, run, cfg)
 
 
 def parameter_groups(blocks, heads, rate, cfg):
@@ -471,6 +473,7 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         features = features_of(blocks, views[images, (epoch - 1) % views.shape[1]], cfg)
         images = images.to(cfg.device)
         logits = heads.judge(features, heads.judges[images])
+        # The blocks' loss, and the heads' own; in stage 1 the former has nothing to teach.
         loss = F.cross_entropy(logits, heads.labels[images]) + heads.loss(features, images)
         if not torch.isfinite(loss):
             raise RunError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower LR_STAGE1, "
@@ -504,13 +507,13 @@ def scores(split, logits, labels):
 
 
 @torch.no_grad()
-def refit(heads, blocks, views, cfg):
+def refit(heads, blocks, inputs, cfg):
     """Solve the heads on the features of the fine-tuned blocks and take the mean with the trained heads.
 
     Both classify the same features; the mean of two linear heads is a linear head, and better than either.
     """
     solved = copy.deepcopy(heads)
-    solved.solve(pool("refit", blocks, views, cfg).activations, cfg.shrinkage)
+    solved.solve(features_once("refit", blocks, inputs, cfg).tensor, cfg.shrinkage)
     for trained, other in zip(heads.parameters(), solved.parameters()):
         trained.lerp_(other, 0.5)
 
@@ -522,11 +525,12 @@ def predict_logits(blocks, head, activations, cfg):
     return torch.cat([head(features_of(blocks, part[:, 0], cfg)) for part in activations.split(32)]).cpu()
 
 
-def finish_epoch(row, model, blocks, val, trainer, run, cfg):
+def finish_epoch(row, model, blocks, val_inputs, trainer, run, cfg):
     """Put the head of all images into the model, validate it, save and tell."""
     heads = trainer["heads"]
     model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
-    row |= scores("val", predict_logits(blocks, model.classifier, val.activations, cfg), val.labels)
+    row |= scores("val", predict_logits(blocks, model.classifier, val_inputs.tensor, cfg),
+                  val_inputs.labels)
     run.add_epoch(row, model, trainer)
 
 
@@ -705,7 +709,7 @@ def find_images(cfg):
     splits = {name: Split(part.path.tolist(), torch.tensor(part.label.tolist()), digest(part.sha256.tolist()))
               for name, part in table.groupby("split", sort=False)}
     counts = ", ".join(f"{len(split.paths):,} {name}" for name, split in splits.items())
-    print(f"data       {readable(str(folder))}: {len(names)} classes; images: {counts}", flush=True)
+    print(f"data       {readable(str(folder))}: {len(names)} classes; images: {counts}")
     return Data(names, splits)
 
 
@@ -715,17 +719,19 @@ def find_class_folders(folder, cfg):
               if path.is_dir() and path.name.lower() in names} or {"train": folder}
     if "test" not in cfg.eval_splits:
         places.pop("test", None)
-    rows = [(split, readable(path.name), file) for split, place in places.items() for path in visible(place)
-            if path.is_dir() for file in files_below(path) or [path]]  # an empty folder is a class, too
-    table = pd.DataFrame(rows, columns=["split", "name", "path"])
-    needed = {f"{split}/{name}" for split in places for name in table.name}
+    folders = [(split, path) for split in places for path in visible(places[split]) if path.is_dir()]
+    table = pd.DataFrame([(split, path.name, file) for split, path in folders for file in files_below(path)],
+                         columns=["split", "name", "path"])
     table = table[table.path.isin(only_images(table.path, sys.stdout))].copy()
     names = sorted(set(table.name[table.split == "train"]))
-    lacking = sorted(needed - set(table.split + "/" + table.name))
-    if len(names) < 2 or lacking:
-        found, empty = listing([path.name for path in visible(folder)], 9), listing(lacking) or "none"
+    if len(names) < 2:
+        found = listing([path.name for path in visible(folder)], 9)
         raise UserError(f"{folder} holds {found}: expected two or more folders of images, one per class, "
-                        f"alone or the same ones in train/, val/ and test/; those without images: {empty}")
+                        "alone or within train/, val/ and test/")
+    wanted = {places[split] / path.name for split in places for _, path in folders}
+    if lacking := sorted(wanted - {places[split] / name for split, name in zip(table.split, table.name)}):
+        raise UserError("each class needs a folder of images, with the same name in each split; missing or "
+                        f"empty: {listing(lacking)}")
     if "val" not in places:
         print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, by SEED, are for validation")
         seed = mix_seed(cfg.seed, "validation") % 2**32
@@ -737,9 +743,9 @@ def find_class_folders(folder, cfg):
             titles |= json.loads(file.read_text("utf-8")) if file.is_file() else {}
         except (ValueError, TypeError):
             raise UserError(f"{file} is no JSON object of folders and names: mend or remove it") from None
-    words = [readable(str(titles.get(name, name))) for name in names]
-    words = [f"{word} ({name})" if words.count(word) > 1 else word for word, name in zip(words, names)]
-    return words, table.assign(label=table.name.map(names.index))
+    titles = [str(titles.get(name, name)) for name in names]
+    titles = [f"{title} ({name})" if titles.count(title) > 1 else title for title, name in zip(titles, names)]
+    return list(map(readable, titles)), table.assign(label=table.name.map(names.index))
 
 
 def find_flowers102(folder, cfg):
@@ -901,7 +907,7 @@ def report(model, blocks, inputs, data, run, cfg):
     model.load_state_dict(best["model"])
     for name in (name for name in cfg.eval_splits if name in inputs):
         split = data.splits[name]
-        probabilities = predict_logits(blocks, model.classifier, inputs[name].activations, cfg).softmax(1)
+        probabilities = predict_logits(blocks, model.classifier, inputs[name].tensor, cfg).softmax(1)
         values, likeliest = (top.numpy() for top in probabilities.topk(min(5, len(names))))
         labels, predicted = split.labels.numpy(), likeliest[:, 0]
         confusion = confusion_matrix(labels, predicted, labels=classes)
@@ -1020,7 +1026,7 @@ class RunError(Exception):
     """A run that cannot go on; the message says in one line why and what is safe."""
 
 
-NUMBERS = (  # the type of options, their lowest and highest value; all others are texts
+NUMBERS = (  # the type of options, and their lowest and highest value
     (int, 0, 9, "unfreeze_last_blocks"), (int, 2, 100, "folds"), (int, -1, 512, "num_workers"),
     (int, 32, 2048, "img_size"), (int, 1, 2**31, "views batch_size"),
     (int, 0, 2**63 - 1, "epochs_stage1 epochs_stage2 seed"), (float, 0, 1, "crop"),
@@ -1037,7 +1043,9 @@ def parse_command_line(argv):
     modes = {"demo": False, "fresh": False, "predict": (), "checkpoint": ""}
     numbers = {name: row for *row, names in NUMBERS for name in names.split()}
     for name, value in (CONSTANTS | modes | (DEMO if "--demo" in argv else {})).items():
-        kind, *_ = numbers.get(name, [os.path.expanduser])  # texts may be paths that start with ~
+        kind, *_ = numbers.get(name, [type(value)])
+        if kind not in (int, float, bool):
+            kind = os.path.expanduser  # texts may be paths that start with ~
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": kind, "nargs": "+" if isinstance(value, tuple) else None}
         parser.add_argument("--" + name.replace("_", "-"), default=value, **how)
@@ -1095,7 +1103,7 @@ def train_and_report(cfg):
     total, head, tail = (sum(map(torch.numel, net.parameters())) for net in (model, model.classifier, blocks))
     print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters, trained in stage 1 "
           f"{head:,}, in stage 2 {head + tail:,}")
-    inputs = {name: activations_of(name, split, frozen, cfg) for name, split in data.splits.items()}
+    inputs = {name: activations_once(name, split, frozen, cfg) for name, split in data.splits.items()}
     run = Run(model, data, cfg)
     train(model, blocks, inputs["train"], inputs["val"], run, cfg)
     report(model, blocks, inputs, data, run, cfg)

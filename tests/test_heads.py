@@ -46,7 +46,7 @@ def test_the_temperature_is_the_best_one_for_left_out_images(options):
     generator = torch.Generator().manual_seed(1)
     heads, data = heads_for(LABELS, options), features() + 2 * torch.randn(24, 2, 5, generator=generator)
     heads.solve(data, 0.3)
-    logits = heads.judge_left_out(data)
+    logits = heads.judge_all(data, heads.folds)
     best = F.cross_entropy(logits, LABELS)
     assert all(best < F.cross_entropy(factor * logits, LABELS) for factor in (0.5, 0.9, 1.1, 2))
 

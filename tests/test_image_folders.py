@@ -232,8 +232,8 @@ def keep_one_class(own):
 @pytest.mark.parametrize("change, phrases", [
     (empty_class, ["red"]), (keep_one_class, ["two or more"]),
     (lambda own: (own / "train" / "red").rename(own / "train" / "rot"), ["rot"]),
-    (lambda own: (own / "val" / "red").rename(own.parent / "red"), ["val", "red"]),
-    (lambda own: draw(own / "val" / "green" / "0.png", (0, 250, 0), 0), ["val", "green"]),
+    (lambda own: (own / "val" / "red").rename(own.parent / "red"), ["val/red"]),
+    (lambda own: draw(own / "val" / "green" / "0.png", (0, 250, 0), 0), ["train/green"]),
     (lambda own: (own / "val" / "red").rename(own / "val" / "Red"), ["val", "red", "Red"]),
     (lambda own: (own / "train").rename(own / "trian"), ["trian", "train"]),
     (lambda own: [image.unlink() for image in own.glob("val/*/*.png")], ["val"])])

@@ -51,7 +51,7 @@ def test_epoch_0_is_the_solved_head_before_any_gradient(options, own_images, tmp
     torch.testing.assert_close(heads.weight[-1], model.classifier[1].weight, rtol=1e-2, atol=1e-3)
     right = model.classifier[1](features["val"][:, 0]).argmax(1) == data.splits["val"].labels
     assert row["val_acc"] == pytest.approx(right.float().mean().item())
-    judged = heads.judge_left_out(features["train"]).argmax(1) == data.splits["train"].labels
+    judged = heads.judge_all(features["train"], heads.folds).argmax(1) == data.splits["train"].labels
     assert row["train_acc"] == pytest.approx(judged.float().mean().item())
 
 
