@@ -881,7 +881,7 @@ def plot_mistakes(model, split, probabilities, names, title, cfg):
     frozen, evidence = Frozen(model.features, cfg), model.classifier[1].weight.detach().cpu()
     evidence = evidence - evidence.mean(0)  # what all classes share says nothing about one of them
     figure = Figure((14.4, 1 + 3.6 * height / width), dpi=72, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, size=14)
     for place, i in enumerate(chosen, 1):
         label, taken, image = split.labels[i], predicted[i], load_views(split.paths[i], i, 0, cfg)
         maps = frozen(torch.from_numpy(image)[None])[0, 0].float()
