@@ -24,13 +24,17 @@ def as_it_stands(folder, copy):
 
 
 def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, monkeypatch, capsys):
-    """What is on the disk whenever a file is put in place is what a kill at that moment leaves."""
+    """What is on the disk whenever a file is put in place is what a kill at that moment leaves.
+
+    Of the files that the report writes one after the other, the first one stands for all.
+    """
     options = [*options, "--epochs-stage1", "1", "--epochs-stage2", "2"]
     replace, moments = os.replace, []
 
     def keep_and_replace(source, target):
-        moments.append(tmp_path / f"{len(moments):02d} before {os.path.basename(target)}")
-        as_it_stands(tmp_path / "runs", moments[-1])
+        if not str(target).endswith((".png", "predictions.csv", ".json")):
+            moments.append(tmp_path / f"{len(moments):02d} before {os.path.basename(target)}")
+            as_it_stands(tmp_path / "runs", moments[-1])
         replace(source, target)
 
     monkeypatch.setattr(program.os, "replace", keep_and_replace)
