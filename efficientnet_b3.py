@@ -273,6 +273,7 @@ def compute_once(name, depends, shape, batches, cfg):
         need = math.prod(shape) * cfg.dtype.itemsize
         if need > shutil.disk_usage(path.parent).free:
             raise UserError(f"no room for {need / 1e9:.1f} GB in {cfg.out_dir}: lower VIEWS or set --out-dir")
+        # Written, not mapped: on a full disk, writing raises an error, and a mapped file kills the process.
         with replacing(path) as file:
             for batch in batches:
                 file.write(batch.view(torch.uint8).numpy())
@@ -385,7 +386,7 @@ def moments(features, labels, images, classes):
     """
     counts = labels[images].bincount(minlength=classes) * features.shape[1]
     sums, products = torch.zeros(2, 1, 1, dtype=torch.float64)
-    for rows in images.split(512):
+    for rows in images.split(512):  # the features of all images may be larger than the memory
         part = features[rows.cpu()].to(labels.device).float().flatten(0, 1)
         targets = F.one_hot(labels[rows].repeat_interleave(features.shape[1]), classes).float()
         sums, products = sums + (targets.T @ part).cpu(), products + (part.T @ part).cpu()
@@ -434,8 +435,10 @@ def train_stage(stage, model, blocks, heads, inputs, val_inputs, run, cfg):
     """Train the heads and `blocks` on `inputs` for the epochs of a stage that `run` has not had."""
     first, epochs, rate = ((1, cfg.epochs_stage1, cfg.lr_stage1) if stage == 1 else
                            (1 + cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage2))
+    # Each stage has an optimizer of its own: Adam's averages of stage 1 say nothing of stage 2.
     optimizer = torch.optim.Adam(parameter_groups(blocks, heads, rate, cfg))
     scheduler = PolynomialLR(optimizer, max(1, epochs))  # of power 1: a straight line to 0
+    # The usual first scale of 65,536 overflows at first, and stage 2 has no steps to lose.
     scaler = torch.amp.GradScaler(cfg.device.type, init_scale=1024, enabled=cfg.dtype == torch.float16)
     trainer = {"heads": heads, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if len(run.history) > first:
@@ -481,6 +484,8 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
+        # Adam makes long steps of short gradients too;
+        # clipping keeps single odd batches from shaping its averages.
         nn.utils.clip_grad_norm_(list(blocks.parameters()), cfg.clip_norm)
         scaler.step(optimizer)
         scale = scaler.get_scale()
@@ -583,6 +588,7 @@ class Run:
                       "config": self.config, "history": self.history, "best_accuracy": best["val_acc"]}
         if best is self.history[-1]:  # first: a run killed in between repeats the epoch, to the same bits
             write_file(run_file(self.cfg, "best.pth"), checkpoint)
+        # The last one holds all that the next epoch depends on, besides what is drawn from SEED and epoch.
         states = {name: part.state_dict() for name, part in trainer.items()}
         write_file(run_file(self.cfg, "last.pth"), checkpoint | {"trainer": states})
         print_epoch(self.history)
@@ -637,6 +643,7 @@ def load_checkpoint(path):
     """A checkpoint of this program, on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        # Whoever has a state can rely on it: the weights fit, and there is a best epoch.
         build_model(len(state["config"]["class_names"]), state["model"])
         best_epoch(state["history"])
         return state
@@ -728,6 +735,7 @@ def find_class_folders(folder, cfg):
         found = listing([path.name for path in visible(folder)], 9)
         raise UserError(f"{folder} holds {found}: expected two or more folders of images, one per class, "
                         "alone or within train/, val/ and test/")
+    # A class without images in one split would never be learned, or never be measured.
     wanted = {places[split] / path.name for split in places for _, path in folders}
     if lacking := sorted(wanted - {places[split] / name for split, name in zip(table.split, table.name)}):
         raise UserError("each class needs a folder of images, with the same name in each split; missing or "
@@ -924,7 +932,7 @@ def report(model, blocks, inputs, data, run, cfg):
             "file": [os.path.relpath(path, cfg.data_dir) for path in split.paths], "split": name,
             "true": names[labels], "predicted": names[predicted], "probability": values[:, 0].round(4),
             "top5": ["; ".join(five) for five in names[likeliest]]}))
-        if len(metrics) == 1:
+        if len(metrics) == 1:  # the other splits are in the files
             print("\n" + "\n\n".join(texts[1:]))
             title = f"{name} split: {np.trace(confusion)} of {len(labels)} images right"
             short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
@@ -1094,6 +1102,7 @@ def train_and_report(cfg):
     if cfg.demo:
         print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
         draw_demo_images(Path(cfg.data_dir))
+    # All that a user can have got wrong comes first: images, then weights.
     data, pretrained = find_images(cfg), load_pretrained(cfg.weights)
     layout = torch.channels_last if cfg.device.type == "cpu" else torch.preserve_format  # slower on a GPU
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
