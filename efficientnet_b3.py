@@ -127,28 +127,6 @@ def make_transforms(cfg):
     return Transforms(resize, augment, v2.CenterCrop(cfg.img_size), normalize)
 
 
-def load_image(path):
-    """An image file of any mode as upright RGB, on white; UserError names the file and why it is not read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
-            image = Image.open(path)
-            image.load()
-            with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
-                image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # deep greys: white is the lowest usual level that no pixel exceeds
-                pixels = np.nan_to_num(np.asarray(image, np.float64))
-                low, high = min(0, pixels.min()), pixels.max()
-                white = next((level for level in (1, 255, 4095, 65535) if high <= level), high)
-                image = Image.fromarray(np.interp(pixels, (low, white), (0, 255)).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
-        raise UserError(f"{path}: {one_line(error)}") from None
-
-
 def load_views(path, index, num_views, cfg):
     """A file, decoded once, as `num_views` augmented views, or, if 0, as it is: uint8 [V, H, W, 3].
 
@@ -160,21 +138,6 @@ def load_views(path, index, num_views, cfg):
         torch.default_generator.manual_seed(mix_seed(cfg.seed, "view", view, index))
         images.append(transforms.augment(image) if num_views else transforms.centre(image))
     return np.stack(images)
-
-
-def map_batches(work, items, batch_size, cfg):
-    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
-    # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
-    fork = sys.platform == "linux"
-    workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
-    workers = min(workers, len(items) // batch_size) if fork or "__file__" in globals() else 0
-    return DataLoader(items, batch_size, num_workers=workers, collate_fn=work, worker_init_fn=ignore_sigint,
-                      multiprocessing_context="fork" if fork and workers else None)
-
-
-def ignore_sigint(_worker):
-    """Ctrl-C reaches every process of a terminal; only the main one answers, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------
@@ -218,10 +181,12 @@ class Frozen:
     """A copy, in its fastest form, of layers that stand still."""
 
     def __init__(self, layers, cfg):
-        layers = copy.deepcopy(layers).eval()
-        for block in layers.modules():
-            if isinstance(block, Conv2dNormActivation):
-                block[0], block[1] = nn.utils.fusion.fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+        self.digest, layers = digest(layers.state_dict()), copy.deepcopy(layers).eval()
+        for module in layers.modules():
+            if isinstance(module, Conv2dNormActivation):
+                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+            if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
+                module.forward = average_pool
         self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
         self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
         self.batch_size = 4 if cfg.device.type == "cpu" else cfg.batch_size
@@ -237,6 +202,11 @@ class Frozen:
             outputs.append(self.layers(part.to(self.dtype)))
         outputs = torch.cat(outputs).cpu().clone(memory_format=torch.contiguous_format)
         return outputs.unflatten(0, views.shape[:2])
+
+
+def average_pool(maps):
+    """What pooling to one value per channel says, in half precision on a CPU up to 30 times faster."""
+    return F.avg_pool2d(maps, maps.shape[2:])
 
 
 def frozen_pass(frozen, paths, num_views, cfg):
@@ -260,51 +230,23 @@ def batch_of_views(items, num_views, frozen, cfg):
     return frozen(torch.from_numpy(batch)).view(torch.uint8).numpy() if frozen else batch
 
 
-def compute_once(name, depends, shape, batches, cfg):
-    """A tensor of `shape` [N, V, ...] that `batches` yield in parts, memory-mapped from a file.
-
-    The file's name ends in a fingerprint of all that the tensor depends on; other files of that `name` are
-    removed. It gets that name when it is whole on the disk, and a SHA-256 at its end proves that it still is.
-    """
-    path = run_file(cfg, f"activations_{name}_{digest(depends)[:20]}.bin")
-    for old in set(path.parent.glob(f"{glob.escape(cfg.run_name)}_activations_{name}_{'?' * 20}.*")) - {path}:
-        old.unlink()
-    if not is_whole(path):
-        need = math.prod(shape) * cfg.dtype.itemsize
-        if need > shutil.disk_usage(path.parent).free:
-            raise UserError(f"no room for {need / 1e9:.1f} GB in {cfg.out_dir}: lower VIEWS or set --out-dir")
-        # Written, not mapped: on a full disk, writing raises an error, and a mapped file kills the process.
-        with replacing(path) as file:
-            for batch in batches:
-                file.write(batch.view(torch.uint8).numpy())
-            file.flush()
-            file.write(hashlib.sha256(np.memmap(file.name, np.uint8, "r")).digest())
-    return torch.from_numpy(np.memmap(path, np.uint8, "c")[:-32]).view(cfg.dtype).view(shape)
-
-
-def is_whole(path):
-    """Whether a file ends in the SHA-256 of all that comes before; after a power cut it may end in zeros."""
-    content = np.memmap(path, np.uint8, "r") if path.exists() and path.stat().st_size else b""
-    return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
-
-
 def activations_once(name, split, frozen, cfg):
     """Inputs of a split: what `frozen` says of VIEWS views of each training image, or of each other image."""
-    num_views, fast = cfg.views if name == "train" else 0, Frozen(frozen, cfg)
+    num_views = cfg.views if name == "train" else 0
     drawn_by = (num_views, cfg.seed) if num_views else None
     depends = [source_of(make_transforms), cfg.img_size, cfg.crop, drawn_by, split.digest,
-               digest(frozen.state_dict()), str(cfg.dtype), cfg.device.type]
-    one = fast(torch.zeros(1, 1, *cfg.img_size, 3, dtype=torch.uint8))
+               frozen.digest, str(cfg.dtype), cfg.device.type]
+    one = frozen(torch.zeros(1, 1, *cfg.img_size, 3, dtype=torch.uint8))
     shape = (len(split.paths), max(1, num_views), *one.shape[2:])
-    batches = frozen_pass(fast, split.paths, num_views, cfg)
+    batches = frozen_pass(frozen, split.paths, num_views, cfg)
     return Inputs(compute_once(name, depends, shape, batches, cfg), split.labels, depends)
 
 
 def features_once(name, blocks, inputs, cfg):
-    """Inputs of pooled features [N, V, D]: what the last blocks, as they are now, say of activations."""
-    fast, depends = Frozen(blocks, cfg), [inputs.depends, digest(blocks.state_dict())]
-    batches = map(fast, progress(inputs.tensor.split(64), 64, "last blocks"))
-    shape = (*inputs.tensor.shape[:2], *fast(inputs.tensor[:1, :1]).shape[2:])
+    """Inputs of pooled features [N, V, D]: what the last blocks, a Frozen copy, say of activations."""
+    depends = [inputs.depends, blocks.digest]
+    batches = map(blocks, progress(inputs.tensor.split(64), 64, "last blocks"))
+    shape = (*inputs.tensor.shape[:2], *blocks(inputs.tensor[:1, :1]).shape[2:])
     return Inputs(compute_once(name, depends, shape, batches, cfg), inputs.labels, depends)
 
 
@@ -417,8 +359,9 @@ def train(model, blocks, inputs, val_inputs, run, cfg):
 
     # Stage 1. The last blocks stand still too: what they say is computed once, and the heads learn from it.
     if len(run.history) <= cfg.epochs_stage1:
-        features = features_once("features", blocks, inputs, cfg)
-        val_features = features_once("val_features", blocks, val_inputs, cfg)
+        frozen = Frozen(blocks, cfg)
+        features = features_once("features", frozen, inputs, cfg)
+        val_features = features_once("val_features", frozen, val_inputs, cfg)
         if not run.history:  # epoch 0: the head as it is solved, before any gradient
             if cfg.head_init == "lda":
                 heads.solve(features.tensor, cfg.shrinkage)
@@ -473,8 +416,9 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
     batches, all_logits, skipped = torch.randperm(len(views)).split(cfg.batch_size), [], 0
     for number, images in enumerate(progress(batches, cfg.batch_size, f"epoch {epoch}"), 1):
-        features = features_of(blocks, views[images, (epoch - 1) % views.shape[1]], cfg)
-        images = images.to(cfg.device)
+        activations, images = views[images, (epoch - 1) % views.shape[1]], images.to(cfg.device)
+        with torch.autocast(cfg.device.type, cfg.dtype, enabled=cfg.dtype != torch.float32):
+            features = blocks(activations.to(cfg.device)).float()
         logits = heads.judge(features, heads.judges[images])
         # The blocks' loss, and the heads' own; in stage 1 the former has nothing to teach.
         loss = F.cross_entropy(logits, heads.labels[images]) + heads.loss(features, images)
@@ -499,12 +443,6 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
     return scores("train", torch.cat(all_logits), heads.labels[torch.cat(batches).to(cfg.device)])
 
 
-def features_of(blocks, activations, cfg):
-    """Pooled features float32 [B, D] of a batch of activations."""
-    with torch.autocast(cfg.device.type, cfg.dtype, enabled=cfg.dtype != torch.float32):
-        return blocks(activations.to(cfg.device)).float()
-
-
 def scores(split, logits, labels):
     """Loss and accuracy on a split, for a row of the history."""
     return {f"{split}_loss": F.cross_entropy(logits, labels).item(),
@@ -518,7 +456,7 @@ def refit(heads, blocks, inputs, cfg):
     Both classify the same features; the mean of two linear heads is a linear head, and better than either.
     """
     solved = copy.deepcopy(heads)
-    solved.solve(features_once("refit", blocks, inputs, cfg).tensor, cfg.shrinkage)
+    solved.solve(features_once("refit", Frozen(blocks, cfg), inputs, cfg).tensor, cfg.shrinkage)
     for trained, other in zip(heads.parameters(), solved.parameters()):
         trained.lerp_(other, 0.5)
 
@@ -526,8 +464,8 @@ def refit(heads, blocks, inputs, cfg):
 @torch.no_grad()
 def predict_logits(blocks, head, activations, cfg):
     """Logits float32 [N, classes], on the CPU, of the first view of each of the activations [N, V, ...]."""
-    blocks.eval()
-    return torch.cat([head(features_of(blocks, part[:, 0], cfg)) for part in activations.split(32)]).cpu()
+    features = map(Frozen(blocks, cfg), activations[:, :1].split(64))
+    return torch.cat([head(part[:, 0].float().to(cfg.device)).cpu() for part in features])
 
 
 def finish_epoch(row, model, blocks, val_inputs, trainer, run, cfg):
@@ -575,7 +513,7 @@ class Run:
             for file in files:
                 file.rename(old / file.name)
             print(f"new run    {reason}; to go back, move the files in {old} back and repeat their command")
-        print("\nstage  epoch   lr head  lr blocks  train loss  train acc  val loss  val acc  seconds  best")
+        print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
         for end in range(len(self.history)):
             print_epoch(self.history[:end + 1])
 
@@ -598,13 +536,25 @@ class Run:
 def print_epoch(history):
     """The last epoch as a line of the table, with a star if none before was better."""
     star = "*" * (best_epoch(history) is history[-1])
-    print("{stage:5} {epoch:6} {lr_head:9.1e} {lr_blocks:10.1e} {train_loss:11.4f} {train_acc:10.2%} "
-          "{val_loss:9.4f} {val_acc:8.2%} {seconds:8.1f}  {star}".format(**history[-1], star=star))
+    print("{stage:5} {epoch:5} {lr_head:7.1e} {lr_blocks:9.1e} {train_loss:10.4f} {train_acc:9.2%} "
+          "{val_loss:8.4f} {val_acc:7.2%} {seconds:6.1f}{star:>5}".format(**history[-1], star=star))
 
 
 def best_epoch(history):
     """The row with the highest validation accuracy; of equals, the lowest loss, then the first."""
     return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
+
+
+def load_checkpoint(path):
+    """A checkpoint of this program, on the CPU."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Whoever has a state can rely on it: the weights fit, and there is a best epoch.
+        build_model(len(state["config"]["class_names"]), state["model"])
+        best_epoch(state["history"])
+        return state
+    except Exception as error:  # whatever a missing, foreign or truncated file makes of the unpickler
+        raise UserError(f"no checkpoint in {path} ({one_line(error)}): train, or set --checkpoint") from None
 
 
 def run_file(cfg, suffix):
@@ -639,16 +589,32 @@ def write_file(path, content):
         file.write(buffer.getbuffer())
 
 
-def load_checkpoint(path):
-    """A checkpoint of this program, on the CPU."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        # Whoever has a state can rely on it: the weights fit, and there is a best epoch.
-        build_model(len(state["config"]["class_names"]), state["model"])
-        best_epoch(state["history"])
-        return state
-    except Exception as error:  # whatever a missing, foreign or truncated file makes of the unpickler
-        raise UserError(f"no checkpoint in {path} ({one_line(error)}): train, or set --checkpoint") from None
+def compute_once(name, depends, shape, batches, cfg):
+    """A tensor of `shape` [N, V, ...] that `batches` yield in parts, memory-mapped from a file.
+
+    The file's name ends in a fingerprint of all that the tensor depends on; other files of that `name` are
+    removed. It gets that name when it is whole on the disk, and a SHA-256 at its end proves that it still is.
+    """
+    path = run_file(cfg, f"activations_{name}_{digest(depends)[:20]}.bin")
+    for old in set(path.parent.glob(f"{glob.escape(cfg.run_name)}_activations_{name}_{'?' * 20}.*")) - {path}:
+        old.unlink()
+    if not is_whole(path):
+        need = math.prod(shape) * cfg.dtype.itemsize
+        if need > shutil.disk_usage(path.parent).free:
+            raise UserError(f"no room for {need / 1e9:.1f} GB in {cfg.out_dir}: lower VIEWS or set --out-dir")
+        # Written, not mapped: on a full disk, writing raises an error, and a mapped file kills the process.
+        with replacing(path) as file:
+            for batch in batches:
+                file.write(batch.view(torch.uint8).numpy())
+            file.flush()
+            file.write(hashlib.sha256(np.memmap(file.name, np.uint8, "r")).digest())
+    return torch.from_numpy(np.memmap(path, np.uint8, "c")[:-32]).view(cfg.dtype).view(shape)
+
+
+def is_whole(path):
+    """Whether a file ends in the SHA-256 of all that comes before; after a power cut it may end in zeros."""
+    content = np.memmap(path, np.uint8, "r") if path.exists() and path.stat().st_size else b""
+    return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
 
 
 # ---- Image folders and weights ---------------------------------------------------------------------------
@@ -660,6 +626,28 @@ IMAGE_ENDINGS = {ending for ending, form in Image.registered_extensions().items(
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "__pycache__",
           "system volume information"}
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+def load_image(path):
+    """An image file of any mode as upright RGB, on white; UserError names the file and why it is not read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
+            image = Image.open(path)
+            image.load()
+            with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
+                image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # deep greys: white is the lowest usual level that no pixel exceeds
+                pixels = np.nan_to_num(np.asarray(image, np.float64))
+                low, high = min(0, pixels.min()), pixels.max()
+                white = next((level for level in (1, 255, 4095, 65535) if high <= level), high)
+                image = Image.fromarray(np.interp(pixels, (low, white), (0, 255)).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
+        raise UserError(f"{path}: {one_line(error)}") from None
 
 
 def visible(folder):
@@ -852,6 +840,8 @@ def any_letters(names):
     """Figures within show names as they are: no formulas, and the first fonts that have all their letters."""
     fonts, lacking = [], {ord(letter) for name in names for letter in name}
     for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
+        if not lacking:
+            break
         with suppress(Exception):  # a font file that is broken or gone
             has = lacking & set(font_manager.get_font(font.fname).get_charmap())
             if has and "LastResort" not in font.fname:  # that one has boxes only
@@ -1108,10 +1098,11 @@ def train_and_report(cfg):
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
     if pretrained is None:
         start_without_pretraining(model)
-    frozen, blocks = split_model(model, cfg.unfreeze_last_blocks)
+    backbone, blocks = split_model(model, cfg.unfreeze_last_blocks)
+    frozen = Frozen(backbone, cfg)
     total, head, tail = (sum(map(torch.numel, net.parameters())) for net in (model, model.classifier, blocks))
-    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters, trained in stage 1 "
-          f"{head:,}, in stage 2 {head + tail:,}")
+    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters\n"
+          f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
     inputs = {name: activations_once(name, split, frozen, cfg) for name, split in data.splits.items()}
     run = Run(model, data, cfg)
     train(model, blocks, inputs["train"], inputs["val"], run, cfg)
@@ -1186,14 +1177,30 @@ def readable(text):
 
 def progress(batches, size, what):
     """Pass batches on: a bar that counts images where somebody watches, else one line after a long phase."""
-    bar = tqdm(batches, what, disable=None, leave=False, unit=" images", unit_scale=size)
-    start = time.monotonic()
+    # tqdm takes the scale 1 for a wish to read 1.02k instead of 1,020.
+    bar = tqdm(batches, what, disable=None, leave=False, unit=" images", unit_scale=size if size > 1 else False)
+    start, unwatched = time.monotonic(), bar.disable
     for batch in bar:
         if SIGNALS:
             raise KeyboardInterrupt
         yield batch
-    if bar.disable and (seconds := time.monotonic() - start) > 5:
+    if unwatched and (seconds := time.monotonic() - start) > 5:
         print(f"{what}: {size * len(batches):,} images in {seconds:.0f} s", file=sys.stderr)
+
+
+def map_batches(work, items, batch_size, cfg):
+    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
+    # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
+    fork = sys.platform == "linux"
+    workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
+    workers = min(workers, len(items) // batch_size) if fork or "__file__" in globals() else 0
+    return DataLoader(items, batch_size, num_workers=workers, collate_fn=work, worker_init_fn=ignore_sigint,
+                      multiprocessing_context="fork" if fork and workers else None)
+
+
+def ignore_sigint(_worker):
+    """Ctrl-C reaches every process of a terminal; only the main one answers, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def digest(value):

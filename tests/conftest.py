@@ -4,9 +4,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from itertools import cycle
 from pathlib import Path
 
@@ -79,6 +80,23 @@ def options(own_images, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """The folder of a run of one epoch."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("trained")
+    with redirect_stdout(None):
+        assert program.main([*options_for(draw_splits(folder / "own"), folder / "runs"), *ONE_EPOCH]) == 0
+    return folder / "runs"
+
+
+@pytest.fixture
+def trained(options, trained_once, tmp_path):
+    """The options of a run of one epoch that is over and has left its files in `runs`, to be changed at will."""
+    shutil.copytree(trained_once, tmp_path / "runs")
+    return [*options, *ONE_EPOCH]
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The options of a run that is over, with all its figures and what it said, for tests that only look."""
     torch.set_num_threads(1)
@@ -95,6 +113,9 @@ def finished(tmp_path_factory):
 def no_figures(monkeypatch):
     """Drawing figures would take a third of the time of a test that does not look at one."""
     monkeypatch.setattr(program.Figure, "savefig", lambda *_args, **_kw: None)
+    monkeypatch.setattr(program, "any_letters", nullcontext)
+    for name in ("plot_mistakes", "plot_confusion_matrix"):
+        monkeypatch.setattr(program, name, lambda *_args: program.Figure())
 
 
 @pytest.fixture

@@ -66,21 +66,22 @@ def test_sigkill_between_epochs(options, tmp_path, capsys):
     assert same(checkpoints(tmp_path / "runs"), checkpoints(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_with_one_line(number, code, options):
-    process = start(*options, "--epochs-stage1", "9999", "--num-workers", "1")
-    for line in process.stdout:
-        if line.split()[:2] == ["1", "2"]:
-            process.send_signal(number)
-            break
-    error = process.communicate()[1]
-    assert process.returncode == code
-    assert error.startswith("stopped: ") and error.count("\n") == 1
+def test_signals_end_with_one_line(options, tmp_path):
+    """Ctrl-C and `kill`."""
+    processes = {code: start(*options, "--epochs-stage1", "9999", "--num-workers", "1", "--out-dir", tmp_path / str(code))
+                 for code in (128 + signal.SIGINT, 128 + signal.SIGTERM)}
+    for code, process in processes.items():
+        for line in process.stdout:
+            if line.split()[:2] == ["1", "2"]:
+                process.send_signal(code - 128)
+                break
+        error = process.communicate()[1]
+        assert process.returncode == code
+        assert error.startswith("stopped: ") and error.count("\n") == 1
 
 
-def test_a_finished_run_makes_its_reports_again(options, tmp_path, monkeypatch):
-    options = [*options, *ONE_EPOCH]
-    call(options)
+def test_a_finished_run_makes_its_reports_again(trained, tmp_path, monkeypatch):
+    options = trained
     figures = figures_of(tmp_path / "runs")
     for name in program.RUN_FILES[2:]:
         (tmp_path / "runs" / f"t_{name}").unlink()
@@ -90,20 +91,17 @@ def test_a_finished_run_makes_its_reports_again(options, tmp_path, monkeypatch):
     assert not (tmp_path / "runs" / "t_old1").exists()
 
 
-def test_what_only_says_where_or_how_much_to_tell_starts_no_new_run(options, own_images, tmp_path, capsys):
-    options = [*options, *ONE_EPOCH]
-    call(options)
+def test_what_only_says_where_or_how_much_to_tell_starts_no_new_run(trained, own_images, tmp_path, capsys):
     own_images.rename(tmp_path / "moved")
-    assert call([*options, "--data-dir", tmp_path / "moved", "--eval-splits", "test", "--num-workers", "1",
+    assert call([*trained, "--data-dir", tmp_path / "moved", "--eval-splits", "test", "--num-workers", "1",
                  "--device", "cpu"]) == 0
     assert "new run" not in capsys.readouterr().out and figures_of(tmp_path / "runs", "test")["images"] == 6
 
 
-def test_a_changed_run_moves_the_old_files_aside_and_says_how_to_get_back(options, own_images, tmp_path, monkeypatch,
+def test_a_changed_run_moves_the_old_files_aside_and_says_how_to_get_back(trained, own_images, tmp_path, monkeypatch,
                                                                           capsys):
     """One run after the other, each with one more change."""
-    real, options, runs = program.make_transforms, [*options, *ONE_EPOCH], tmp_path / "runs"
-    call(options)
+    real, options, runs = program.make_transforms, trained, tmp_path / "runs"
     changes = ("lr_stage2", "seed", "--fresh", "epochs_stage1", "transforms", "images", "class_names")
     for number, change in enumerate(changes, 1):
         before = {f"t_{name}": (runs / f"t_{name}").read_bytes() for name in program.RUN_FILES}
@@ -125,15 +123,13 @@ def test_a_changed_run_moves_the_old_files_aside_and_says_how_to_get_back(option
     assert len(history_of(runs)) == 3
 
 
-def test_files_moved_back_are_the_earlier_run_again(options, tmp_path, monkeypatch, capsys):
-    options = [*options, *ONE_EPOCH]
-    call(options)
+def test_files_moved_back_are_the_earlier_run_again(trained, tmp_path, monkeypatch, capsys):
     before = checkpoints(tmp_path / "runs")
-    call([*options, "--lr-stage1", "2e-3"])
+    call([*trained, "--lr-stage1", "2e-3"])
     for path in (tmp_path / "runs" / "t_old1").iterdir():
         path.replace(tmp_path / "runs" / path.name)
     monkeypatch.setattr(program, "train_one_epoch", None)
-    assert call(options) == 0 and same(checkpoints(tmp_path / "runs"), before)
+    assert call(trained) == 0 and same(checkpoints(tmp_path / "runs"), before)
 
 
 def test_an_edited_transform_starts_a_new_run_even_if_its_repr_is_the_same(options, tmp_path, monkeypatch, capsys):
@@ -154,22 +150,18 @@ def test_an_edited_transform_starts_a_new_run_even_if_its_repr_is_the_same(optio
     assert not before.keys() & activations(tmp_path / "runs", "train").keys()
 
 
-def test_a_run_with_a_constant_that_is_no_more_is_moved_aside_and_named(options, tmp_path, capsys):
-    options = [*options, *ONE_EPOCH]
-    call(options)
+def test_a_run_with_a_constant_that_is_no_more_is_moved_aside_and_named(trained, tmp_path, capsys):
     for path in (tmp_path / "runs" / "t_best.pth", tmp_path / "runs" / "t_last.pth"):
         state = torch.load(path, weights_only=True)
         torch.save(state | {"config": state["config"] | {"schedule": "cosine"}}, path)
-    capsys.readouterr()
-    assert call(options) == 0
+    assert call(trained) == 0
     assert "changed: schedule" in capsys.readouterr().out and (tmp_path / "runs" / "t_old1").exists()
 
 
-def test_damaged_checkpoints_are_moved_aside_and_named(options, tmp_path, capsys):
+def test_damaged_checkpoints_are_moved_aside_and_named(trained, tmp_path, capsys):
     """One after the other; a checkpoint after each damage is that of a new run."""
-    options, runs = [*options, *ONE_EPOCH], tmp_path / "runs"
+    runs = tmp_path / "runs"
     best, last = runs / "t_best.pth", runs / "t_last.pth"
-    call(options)
     whole = checkpoints(runs)
     for number, damage in enumerate((
             lambda: last.write_bytes(b"PK\x03\x04 broken"), best.unlink, last.unlink, lambda: torch.save([], best),
@@ -177,15 +169,14 @@ def test_damaged_checkpoints_are_moved_aside_and_named(options, tmp_path, capsys
         damage()
         left = {path.name: path.read_bytes() for path in (best, last) if path.exists()}
         capsys.readouterr()
-        assert call(options) == 0 and "new run" in capsys.readouterr().out
+        assert call(trained) == 0 and "new run" in capsys.readouterr().out
         aside = runs / f"t_old{number}"
         assert left == {path.name: path.read_bytes() for path in aside.glob("*.pth")}
         assert same(checkpoints(runs), whole)
 
 
-def test_the_best_checkpoint_of_another_run_is_never_reported(options, tmp_path, monkeypatch, capsys):
-    options = [*options, *ONE_EPOCH]
-    call(options)
+def test_the_best_checkpoint_of_another_run_is_never_reported(trained, tmp_path, monkeypatch, capsys):
+    options = trained
     call([*options, "--seed", "1", "--out-dir", tmp_path / "other"])
     best, other = (folder / "t_best.pth" for folder in (tmp_path / "runs", tmp_path / "other"))
     shutil.copy(other, best)
@@ -257,8 +248,7 @@ def test_a_signal_that_arrives_within_a_destructor_stops_the_run_too(options, mo
 # Files
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(options, tmp_path, monkeypatch, capsys):
-    call([*options, *ONE_EPOCH])
+def test_a_full_disk_leaves_the_checkpoint_before(trained, tmp_path, monkeypatch, capsys):
     before = (tmp_path / "runs" / "t_last.pth").read_bytes()
 
     def full(_file):
@@ -269,7 +259,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(options, tmp_path, monkeypatch
         program.write_file(tmp_path / "runs" / "t_last.pth", "half")
     assert (tmp_path / "runs" / "t_last.pth").read_bytes() == before
     assert not list((tmp_path / "runs").glob("*.tmp"))
-    assert call([*options, *ONE_EPOCH, "--out-dir", tmp_path / "full"]) == 1
+    assert call([*trained, "--out-dir", tmp_path / "full"]) == 1
     assert is_one_line(capsys.readouterr().err, "No space left", "room")
 
 
@@ -309,9 +299,7 @@ def test_stale_unfinished_files_are_removed(options, tmp_path):
     assert call([*options, *ONE_EPOCH]) == 0 and not list((tmp_path / "runs").glob("*.tmp"))
 
 
-def test_killed_while_old_files_are_moved_aside_loses_none(options, tmp_path, monkeypatch, capsys):
-    options = [*options, *ONE_EPOCH]
-    call(options)
+def test_killed_while_old_files_are_moved_aside_loses_none(trained, tmp_path, monkeypatch, capsys):
     before = checkpoints(tmp_path / "runs")
     rename, calls = program.Path.rename, []
 
@@ -323,9 +311,9 @@ def test_killed_while_old_files_are_moved_aside_loses_none(options, tmp_path, mo
 
     monkeypatch.setattr(program.Path, "rename", rename_or_die)
     with pytest.raises(Killed):
-        call([*options, "--fresh"])
+        call([*trained, "--fresh"])
     monkeypatch.setattr(program.Path, "rename", rename)
-    assert call([*options, "--fresh"]) == 0
+    assert call([*trained, "--fresh"]) == 0
     found = {name: torch.load(path, weights_only=True) for name in ("best", "last")
              for path in (tmp_path / "runs").glob(f"t_old*/t_{name}.pth")}
     assert all(same(found[name]["model"], state["model"]) for name, state in zip(("best", "last"), before))

@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -133,10 +134,12 @@ def test_a_constant_edited_to_have_no_comment_is_still_one(tmp_path):
 # Notebooks and imports
 
 
-def test_importing_starts_nothing(tmp_path):
-    result = subprocess.run([sys.executable, "-c", "import efficientnet_b3"], cwd=tmp_path, capture_output=True,
-                            env={**os.environ, "PYTHONPATH": str(Path(program.__file__).parent)})
-    assert result.returncode == 0 and result.stdout == result.stderr == b"" and not list(tmp_path.iterdir())
+def test_importing_starts_nothing(tmp_path, monkeypatch, capfd):
+    interrupt = signal.getsignal(signal.SIGINT)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(program.__file__, run_name="efficientnet_b3")
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is interrupt
 
 
 def test_pasted_into_a_notebook_it_runs_with_the_constants_as_they_are(own_images, tmp_path, monkeypatch, capsys):
@@ -193,22 +196,24 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method, count", [("spawn", 6), ("forkserver", 7)])  # of 7, one worker checks the files too
-def test_workers_that_start_afresh(method, count, options, tmp_path, monkeypatch, no_figures):
+def test_workers_that_start_afresh(options, tmp_path, monkeypatch, no_figures):
     """As on Windows and macOS, and on Linux from Python 3.14: the same bits as without workers."""
-    images = tmp_path / "few"
-    for split, number in (("train", count), ("val", 1)):
-        draw_classes(images / split, number, ["blue", "red"])
-    options = [*options, *ONE_EPOCH, "--data-dir", str(images)]
-    assert call(options) == 0
     monkeypatch.setenv("PYTHONPATH", str(Path(program.__file__).parent))
-    options[1] = str(images)
-    command = [sys.executable, "-c", AS_ELSEWHERE, method, program.__file__, *options, "--num-workers", "1",
-               "--out-dir", str(tmp_path / method)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and without_progress(result.stderr) == "", result.stderr
-    assert same(checkpoints(tmp_path / "runs"), checkpoints(tmp_path / method))
-    assert result.stdout.count("train/red/") == count  # predictions
+    processes = {}
+    for method, count in (("spawn", 6), ("forkserver", 7)):  # of 7, one worker checks the files too
+        for split, number in (("train", count), ("val", 1)):
+            draw_classes(tmp_path / method / "images" / split, number, ["blue", "red"])
+        command = [*options, *ONE_EPOCH, "--num-workers", "1", "--out-dir", str(tmp_path / method / "runs")]
+        command[1] = str(tmp_path / method / "images")
+        processes[method] = subprocess.Popen([sys.executable, "-c", AS_ELSEWHERE, method, program.__file__, *command],
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for method, process in processes.items():
+        printed, error = process.communicate()
+        assert process.returncode == 0 and without_progress(error) == "", error
+        images, runs = tmp_path / method / "images", tmp_path / method / "here"
+        assert call([*options, *ONE_EPOCH, "--data-dir", images, "--out-dir", runs]) == 0
+        assert same(checkpoints(runs), checkpoints(tmp_path / method / "runs"))
+        assert printed.count("train/red/") == len(list(images.glob("train/red/*")))  # predictions
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

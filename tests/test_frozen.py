@@ -246,18 +246,14 @@ def test_what_no_longer_fits_is_removed_and_computed_anew(options, own_images, w
         before = after
 
 
-def test_another_number_of_test_images_leaves_the_training_views(options, own_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "report", lambda *_args: None)
-    call([*options, *ONE_EPOCH])
+def test_another_number_of_test_images_leaves_the_training_views(trained, tmp_path):
     before = activations(tmp_path / "runs")
-    assert call([*options, *ONE_EPOCH, "--eval-splits", "val", "test"]) == 0
+    assert call([*trained, "--eval-splits", "val", "test"]) == 0
     after = activations(tmp_path / "runs")
     assert before.items() <= after.items() and len(after) == len(before) + 1
 
 
-def test_killed_during_the_frozen_pass_and_continued_is_never_interrupted(options, tmp_path, monkeypatch, capsys):
-    options = [*options, *ONE_EPOCH]
-    call(options)
+def test_killed_during_the_frozen_pass_and_continued_is_never_interrupted(trained, tmp_path, monkeypatch, capsys):
     load, calls, folder = program.load_views, [], tmp_path / "killed"
 
     class Killed(BaseException):
@@ -271,10 +267,10 @@ def test_killed_during_the_frozen_pass_and_continued_is_never_interrupted(option
 
     monkeypatch.setattr(program, "load_views", load_or_die)
     with pytest.raises(Killed):
-        call([*options, "--out-dir", folder])
+        call([*trained, "--out-dir", folder])
     assert activations(folder, "train") and not activations(folder, "val")
     monkeypatch.setattr(program, "load_views", load)
-    assert call([*options, "--out-dir", folder]) == 0
+    assert call([*trained, "--out-dir", folder]) == 0
     assert same(checkpoints(tmp_path / "runs"), checkpoints(folder)) and not list(folder.glob("*.tmp"))
 
 

@@ -1,5 +1,6 @@
 """What a run leaves behind: a plain model, figures that can be checked by hand, and pictures that show any name."""
 import csv
+import io
 import json
 import os
 import subprocess
@@ -101,15 +102,34 @@ def test_the_history_has_both_rates_and_epoch_0(finished):
 
 def test_the_terminal_tells_the_story_and_ends_on_the_summary(finished):
     printed = (files_of(finished)["best.pth"].parent.parent / "stdout.txt").read_text()
-    places = [printed.index(text) for text in ("18 train, 9 val, 6 test", "trained in stage 1", "stage  epoch",
+    places = [printed.index(text) for text in ("18 train, 9 val, 6 test", "of these in stage 1", "stage epoch",
                                                "precision", "most confused", "best epoch", "macro_f1")]
     assert places == sorted(places)
     assert printed.count("precision") == 1  # of the first split
     last = [line.split() for line in printed[printed.index("best epoch"):].splitlines()]
     assert last[1] == ["val", "test"] and ["accuracy", "macro_f1"] == [last[2][0], last[6][0]] and len(last) == 10
-    table = printed[printed.index("stage  epoch"):].splitlines()
+    table = printed[printed.index("stage epoch"):].splitlines()
+    assert all(len(line) < 80 for line in table)  # the width of a terminal
     assert [line.split()[:2] for line in table[1:6]] == [["1", "0"], ["1", "1"], ["1", "2"], ["2", "3"], ["2", "4"]]
     assert without_progress((files_of(finished)["best.pth"].parent.parent / "stderr.txt").read_text()) == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_long_phase_is_a_bar_on_a_terminal_and_one_line_in_a_file(monkeypatch):
+    clock = iter((0, 90))
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        assert len(list(program.progress(range(1020), 1, "frozen part"))) == 1020
+        clock, text = iter((0, 90)), stream.getvalue()
+        if stream.isatty():
+            assert "/1020 " in text and "images in" not in text and text.split("\r")[-2].strip() == ""
+        else:
+            assert text == "frozen part: 1,020 images in 90 s\n"
 
 
 def test_the_report_has_every_class_and_pair(finished):
