@@ -181,10 +181,11 @@ class Frozen:
     """A copy, in its fastest form, of layers that stand still."""
 
     def __init__(self, layers, cfg):
-        self.digest, layers = digest(layers.state_dict()), copy.deepcopy(layers).eval()
+        self.digest = digest(layers.state_dict())
+        layers = copy.deepcopy(layers).eval()
         for module in layers.modules():
             if isinstance(module, Conv2dNormActivation):
-                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(*module[:2]), nn.Identity()
             if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
                 module.forward = average_pool
         self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
@@ -477,7 +478,7 @@ def finish_epoch(row, model, blocks, val_inputs, trainer, run, cfg):
     run.add_epoch(row, model, trainer)
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------------
+# ---- Checkpoints and files of a run ----------------------------------------------------------------------
 
 RUN_FILES = ("best.pth", "last.pth", "loss.png", "acc.png", "confusion_matrix.png", "mistakes.png",
              "report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json")
@@ -500,7 +501,7 @@ class Run:
             last, best = (load_checkpoint(run_file(cfg, name)) for name in ("last.pth", "best.pth"))
             changed = {key for old in (last["config"], best["config"]) for key in old | self.config
                        if old.get(key) != self.config.get(key)}
-            reason = f"changed: {listing(sorted(changed), 9)}" if changed else "--fresh" * cfg.fresh
+            reason = f"changed: {listing(sorted(changed), 9)}" if changed else "--fresh" if cfg.fresh else ""
         except UserError as error:
             reason = error
         if not reason:
@@ -535,7 +536,7 @@ class Run:
 
 def print_epoch(history):
     """The last epoch as a line of the table, with a star if none before was better."""
-    star = "*" * (best_epoch(history) is history[-1])
+    star = "*" if best_epoch(history) is history[-1] else ""
     print("{stage:5} {epoch:5} {lr_head:7.1e} {lr_blocks:9.1e} {train_loss:10.4f} {train_acc:9.2%} "
           "{val_loss:8.4f} {val_acc:7.2%} {seconds:6.1f}{star:>5}".format(**history[-1], star=star))
 
@@ -617,7 +618,7 @@ def is_whole(path):
     return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
 
 
-# ---- Image folders and weights ---------------------------------------------------------------------------
+# ---- Images and weights on the disk ----------------------------------------------------------------------
 
 Data = namedtuple("Data", "class_names splits")  # list of str, {"train": Split, "val": ...}
 Split = namedtuple("Split", "paths labels digest")  # N paths, int64 [N], SHA-256 of all the files' bytes
@@ -823,7 +824,7 @@ def draw_curves(history, cfg, at_once=False):
         figure = Figure((7.5, 4.2), layout="constrained")
         axes, height = figure.subplots(), scale * best[f"val_{key}"]
         axes.plot(table.epoch, scale * table[f"train_{key}"], ".-", c=blue, lw=2,
-                  label="training" + " (by heads that have not seen the image)" * cfg.cross_fit)
+                  label="training (by heads that have not seen the image)" if cfg.cross_fit else "training")
         axes.plot(table.epoch, scale * table[f"val_{key}"], ".-", c=orange, lw=2, label="validation")
         axes.plot(best["epoch"], height, "o", c=green, ms=10, mec="white", label=f"best: {height:.3g}")
         axes.axvline(cfg.epochs_stage1 + 0.5, color="0.35", ls="--", lw=1.2)
@@ -1162,7 +1163,8 @@ def main(argv=()):
 
 def listing(items, limit=3):
     """The first few of `items` in words, and how many more there are."""
-    return ", ".join(map(str, items[:limit])) + f" and {len(items) - limit} more" * (len(items) > limit)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
 
 
 def one_line(error):
@@ -1177,8 +1179,8 @@ def readable(text):
 
 def progress(batches, size, what):
     """Pass batches on: a bar that counts images where somebody watches, else one line after a long phase."""
-    # tqdm takes the scale 1 for a wish to read 1.02k instead of 1,020.
-    bar = tqdm(batches, what, disable=None, leave=False, unit=" images", unit_scale=size if size > 1 else False)
+    scale = size if size > 1 else False  # by 1, tqdm means that 1,020 should read 1.02k
+    bar = tqdm(batches, what, disable=None, leave=False, unit=" images", unit_scale=scale)
     start, unwatched = time.monotonic(), bar.disable
     for batch in bar:
         if SIGNALS:
