@@ -185,7 +185,8 @@ class Frozen:
         layers = copy.deepcopy(layers).eval()
         for module in layers.modules():
             if isinstance(module, Conv2dNormActivation):
-                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(*module[:2]), nn.Identity()
+                conv, norm, *_ = module
+                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
             if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
                 module.forward = average_pool
         self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
