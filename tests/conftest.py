@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102, flowers102
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import efficientnet_b3 as program  # noqa: E402
@@ -79,18 +80,32 @@ def options(own_images, tmp_path):
     return options_for(own_images, tmp_path / "runs")
 
 
+def small_efficientnet(num_classes):
+    """An EfficientNet of nine blocks like B3's, but narrow and shallow."""
+    rows = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 1), (6, 5, 2, 24, 40, 1), (6, 3, 2, 40, 80, 1), (6, 5, 1, 80, 112, 1),
+            (6, 5, 2, 112, 192, 2), (6, 3, 1, 192, 320, 2))
+    return EfficientNet([MBConvConfig(*row, width_mult=0.25, depth_mult=1) for row in rows], 0.3, num_classes=num_classes)
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """For tests of files, folders and signals, which need a network, but not the time and the megabytes of B3."""
+    monkeypatch.setattr(program, "efficientnet_b3", small_efficientnet)
+
+
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
     """The folder of a run of one epoch."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained")
-    with redirect_stdout(None):
+    with redirect_stdout(None), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "efficientnet_b3", small_efficientnet)
         assert program.main([*options_for(draw_splits(folder / "own"), folder / "runs"), *ONE_EPOCH]) == 0
     return folder / "runs"
 
 
 @pytest.fixture
-def trained(options, trained_once, tmp_path):
+def trained(options, trained_once, small_network, tmp_path):
     """The options of a run of one epoch that is over and has left its files in `runs`, to be changed at will."""
     shutil.copytree(trained_once, tmp_path / "runs")
     return [*options, *ONE_EPOCH]

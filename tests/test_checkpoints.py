@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import (ONE_EPOCH, Killed, activations, call, checkpoint, checkpoints, draw, figures_of, history_of,
                       is_one_line, same, start, without_progress)
+from torchvision.models import efficientnet_b3
 from torchvision.transforms import v2
 
 import efficientnet_b3 as program
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "small_network")
 
 
 def as_it_stands(folder, copy):
@@ -52,8 +53,9 @@ def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, m
         shutil.rmtree(moment)
 
 
-def test_sigkill_between_epochs(options, tmp_path, capsys):
-    """A real kill, sent when the line of epoch 1 appears."""
+def test_sigkill_between_epochs(options, tmp_path, monkeypatch, capsys):
+    """A real kill of the program as people run it, sent when the line of epoch 1 appears."""
+    monkeypatch.setattr(program, "efficientnet_b3", efficientnet_b3)
     process = start(*options)
     for line in process.stdout:
         if line.split()[:2] == ["1", "1"]:

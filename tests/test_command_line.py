@@ -102,7 +102,7 @@ def test_every_constant_is_an_option_with_its_comment(capsys):
         assert program.CONSTANTS[name.lower()] == eval(value)
 
 
-def test_no_epochs_at_all_report_the_head_as_it_is_solved(options, tmp_path, no_figures, capsys):
+def test_no_epochs_at_all_report_the_head_as_it_is_solved(small_network, options, tmp_path, no_figures, capsys):
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "0"]
     assert call(options) == 0 and [row["epoch"] for row in history_of(tmp_path / "runs")] == [0]
     assert call(options) == 0 and "new run" not in capsys.readouterr().out

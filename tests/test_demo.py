@@ -10,7 +10,7 @@ import efficientnet_b3 as program
 
 def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    process = start("--demo", "--views", "2", "--data-dir", tmp_path / "flowers", "--out-dir", tmp_path / "runs")
+    process = start("--demo", "--views", "1", "--data-dir", tmp_path / "flowers", "--out-dir", tmp_path / "runs")
     printed, error = process.communicate()
     assert process.returncode == 0 and without_progress(error) == ""
     assert "no result" in printed and "macro_f1" in printed and "816 train, 408 val" in printed

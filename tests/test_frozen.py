@@ -77,7 +77,7 @@ def test_views_are_the_same_in_workers_and_in_any_batch(options, own_images):
 
 
 @pytest.mark.parametrize("size", [["32", "32"], ["32", "70"]])
-def test_the_smallest_images_work(size, options):
+def test_the_smallest_images_work(small_network, size, options):
     """What remains of them is one pixel high, and its layout in memory is ambiguous."""
     assert call([*options, *ONE_EPOCH, "--img-size", *size]) == 0
 
@@ -199,7 +199,7 @@ def test_sigkill_before_the_file_gets_its_name(cfg, outputs, tmp_path):
     assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg), outputs)
 
 
-def test_a_disk_too_small_is_one_line_before_the_pass(options, tmp_path, monkeypatch, capsys):
+def test_a_disk_too_small_is_one_line_before_the_pass(small_network, options, tmp_path, monkeypatch, capsys):
     usage, loaded, load = program.shutil.disk_usage(tmp_path), [], program.load_views
     monkeypatch.setattr(program.shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
     options = [*options, "--views", "7"]
@@ -213,7 +213,7 @@ def test_a_disk_too_small_is_one_line_before_the_pass(options, tmp_path, monkeyp
 # The next run
 
 
-def test_other_rates_and_epochs_compute_no_frozen_pass(options, weights, tmp_path, monkeypatch, capsys):
+def test_other_rates_and_epochs_compute_no_frozen_pass(small_network, options, weights, tmp_path, monkeypatch, capsys):
     options = [*options, *ONE_EPOCH, "--weights", weights]
     assert call(options) == 0
     before, loaded, load = activations(tmp_path / "runs"), [], program.load_views
@@ -226,10 +226,10 @@ def test_other_rates_and_epochs_compute_no_frozen_pass(options, weights, tmp_pat
     assert all(after[path] == state for path, state in before.items())
 
 
-def test_what_no_longer_fits_is_removed_and_computed_anew(options, own_images, weights, tmp_path, monkeypatch):
+def test_what_no_longer_fits_is_removed_and_computed_anew(small_network, options, own_images, weights, tmp_path, monkeypatch):
     """One run after the other, each with one more change."""
     monkeypatch.setattr(program, "report", lambda *_args: None)
-    options = [*options, *ONE_EPOCH, "--weights", weights]
+    options = [*options, *ONE_EPOCH, "--epochs-stage1", "0", "--weights", weights]
     half = settings(options).dtype != torch.float32  # some processors have no half precision
     before = {}
     for change in (["--amp"], ["--views", "3"], ["--seed", "1"], ["--img-size", "40", "48"], ["--crop", "0.9"],
@@ -277,7 +277,7 @@ def test_killed_during_the_frozen_pass_and_continued_is_never_interrupted(traine
 # Images that change under the run's feet, and mistakes in transforms
 
 
-def test_an_image_that_breaks_during_the_run_is_named(options, own_images, weights, monkeypatch, capsys):
+def test_an_image_that_breaks_during_the_run_is_named(small_network, options, own_images, weights, monkeypatch, capsys):
     broken, find = own_images / "train" / "red" / "3.png", program.find_images
 
     def find_and_break(cfg):
@@ -291,7 +291,7 @@ def test_an_image_that_breaks_during_the_run_is_named(options, own_images, weigh
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_the_transforms_is_not_called_an_unreadable_image(workers, options, monkeypatch, capsys):
+def test_a_mistake_in_the_transforms_is_not_called_an_unreadable_image(small_network, workers, options, monkeypatch, capsys):
     real_transforms = program.make_transforms
 
     def broken(_image):

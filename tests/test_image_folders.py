@@ -11,7 +11,7 @@ from conftest import (COLOURS, ONE_EPOCH, call, draw, draw_classes, figures_of, 
 
 import efficientnet_b3 as program
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "small_network")
 NAMES = list(COLOURS)
 
 

@@ -151,7 +151,7 @@ def test_the_configuration_is_kept_with_all_constants(finished):
     assert all(any(what in name for name in kept) for what in ("transforms", "images", "class_names", "precision"))
 
 
-def test_history_and_curves_exist_during_the_run(options, tmp_path, monkeypatch):
+def test_history_and_curves_exist_during_the_run(small_network, options, tmp_path, monkeypatch):
     real, calls = program.train_one_epoch, []
 
     def second_is_killed(*args):
@@ -167,7 +167,7 @@ def test_history_and_curves_exist_during_the_run(options, tmp_path, monkeypatch)
     assert all(Image.open(tmp_path / "runs" / f"t_{name}.png").size[0] > 300 for name in ("loss", "acc"))
 
 
-def test_curves_are_drawn_every_ten_seconds_at_most_and_at_the_end(options, tmp_path, monkeypatch):
+def test_curves_are_drawn_every_ten_seconds_at_most_and_at_the_end(small_network, options, tmp_path, monkeypatch):
     drawn, clock, real, write = [], [1000.0], program.train_one_epoch, program.write_file
 
     def now():
@@ -185,7 +185,7 @@ def test_curves_are_drawn_every_ten_seconds_at_most_and_at_the_end(options, tmp_
     assert [at for name, at in drawn if name == "t_loss.png"] == [1000, 1012, 1024, 1028]
 
 
-def test_a_figure_says_what_its_training_curve_is(options, tmp_path, monkeypatch):
+def test_a_figure_says_what_its_training_curve_is(small_network, options, tmp_path, monkeypatch):
     figures, write = {}, program.write_file
     monkeypatch.setattr(program, "write_file", lambda path, content: (
         write(path, content), figures.update({path.name: content})))

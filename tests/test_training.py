@@ -11,7 +11,7 @@ import efficientnet_b3 as program
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
-def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, tmp_path):
+def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(small_network, options, tmp_path):
     rates = ["--lr-stage1", "1e-3", "--lr-stage2", "1e-4", "--blocks-lr-factor", "8", "--layer-decay", "0.5"]
     assert call([*options, *rates, "--epochs-stage2", "5"]) == 0
     rows = history_of(tmp_path / "runs")
@@ -21,7 +21,7 @@ def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, tmp_
     assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), *((2, e) for e in range(3, 8))]
 
 
-def test_each_block_has_the_rate_of_its_place(options, tmp_path):
+def test_each_block_has_the_rate_of_its_place(small_network, options, tmp_path):
     rates = ["--lr-stage2", "1e-4", "--blocks-lr-factor", "8", "--layer-decay", "0.5", "--unfreeze-last-blocks", "3"]
     assert call([*options, *rates, "--epochs-stage1", "0", "--epochs-stage2", "1"]) == 0
     optimizer = checkpoint(tmp_path / "runs", "last")["trainer"]["optimizer"]
@@ -124,7 +124,7 @@ def test_same_bits_with_and_without_workers(options, tmp_path):
     assert same(checkpoints(tmp_path / "runs"), checkpoints(tmp_path / "workers"))
 
 
-def test_two_classes_and_a_single_image_of_one_work(options, own_images):
+def test_two_classes_and_a_single_image_of_one_work(small_network, options, own_images):
     for split in ("train", "val", "test"):
         (own_images / split / "red").rename(own_images.parent / split)
     for number in range(1, 6):
@@ -132,7 +132,7 @@ def test_two_classes_and_a_single_image_of_one_work(options, own_images):
     assert call([*options, *ONE_EPOCH, "--head-init", "lda"]) == 0
 
 
-def test_the_refit_is_the_mean_of_trained_and_solved_heads(options, tmp_path, monkeypatch):
+def test_the_refit_is_the_mean_of_trained_and_solved_heads(small_network, options, tmp_path, monkeypatch):
     """A run without the refit trains the same heads."""
     solved, solve = [], program.Heads.solve
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "1"]
@@ -152,7 +152,7 @@ def test_the_refit_is_the_mean_of_trained_and_solved_heads(options, tmp_path, mo
 # Runs that cannot go on
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run(small_network, options, tmp_path, monkeypatch, capsys):
     real_epoch, loss = program.train_one_epoch, program.Heads.loss
 
     def third_breaks(*args):
@@ -198,14 +198,14 @@ def scaler_that_skips(steps):
     return Scaler
 
 
-def test_an_epoch_of_overflows_alone_stops_the_run(options, tmp_path, monkeypatch, capsys):
+def test_an_epoch_of_overflows_alone_stops_the_run(small_network, options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.amp, "GradScaler", scaler_that_skips(range(3, 6)))  # of 18 images in batches of 8
     assert call(options) == 1
     assert is_one_line(capsys.readouterr().err, "epoch 2", "AMP")
     assert len(checkpoint(tmp_path / "runs", "last")["history"]) == 2
 
 
-def test_skipped_steps_are_counted(options, monkeypatch, capsys):
+def test_skipped_steps_are_counted(small_network, options, monkeypatch, capsys):
     monkeypatch.setattr(torch.amp, "GradScaler", scaler_that_skips([0, 1]))
     assert call([*options, *ONE_EPOCH]) == 0
     assert "2 of 3 steps skipped" in capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_skipped_steps_are_counted(options, monkeypatch, capsys):
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("Unable to allocate 3 GiB"),
     RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: you tried to allocate 9 bytes")])
-def test_out_of_memory_names_the_constant(error, options, monkeypatch, capsys):
+def test_out_of_memory_names_the_constant(small_network, error, options, monkeypatch, capsys):
     def full(*_args):
         raise error
 
@@ -224,7 +224,7 @@ def test_out_of_memory_names_the_constant(error, options, monkeypatch, capsys):
     assert is_one_line(capsys.readouterr().err, "out of memory", "BATCH_SIZE")
 
 
-def test_a_worker_that_the_system_kills_is_out_of_memory(options, monkeypatch, capfd):
+def test_a_worker_that_the_system_kills_is_out_of_memory(small_network, options, monkeypatch, capfd):
     main, load = os.getpid(), program.load_views
 
     def killed_in_a_worker(*args):
@@ -237,7 +237,7 @@ def test_a_worker_that_the_system_kills_is_out_of_memory(options, monkeypatch, c
     assert is_one_line(capfd.readouterr().err, "out of memory", "NUM_WORKERS")
 
 
-def test_an_error_of_the_programs_own_is_not_called_out_of_memory(options, monkeypatch):
+def test_an_error_of_the_programs_own_is_not_called_out_of_memory(small_network, options, monkeypatch):
     def broken(*_args):
         raise RuntimeError("views of unlike sizes")
 
