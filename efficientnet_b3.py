@@ -353,30 +353,31 @@ def discriminant(counts, sums, products, shrinkage):
 # ---- Training --------------------------------------------------------------------------------------------
 
 
-def train(model, blocks, inputs, val_inputs, run, cfg):
+def train(model, blocks, inputs, run, cfg):
     """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
-    heads, nothing = Heads(model.classifier[1], inputs.labels, cfg), nn.Sequential()
+    heads, nothing = Heads(model.classifier[1], inputs["train"].labels, cfg), nn.Sequential()
     if run.trainer:
         heads.load_state_dict(run.trainer["heads"])
 
     # Stage 1. The last blocks stand still too: what they say is computed once, and the heads learn from it.
     if len(run.history) <= cfg.epochs_stage1:
         frozen = Frozen(blocks, cfg)
-        features = features_once("features", frozen, inputs, cfg)
-        val_features = features_once("val_features", frozen, val_inputs, cfg)
+        features = {split: features_once(f"features_{split}", frozen, inputs[split], cfg)
+                    for split in ("train", "val")}
         if not run.history:  # epoch 0: the head as it is solved, before any gradient
             if cfg.head_init == "lda":
-                heads.solve(features.tensor, cfg.shrinkage)
+                heads.solve(features["train"].tensor, cfg.shrinkage)
             row = {"stage": 1, "epoch": 0, "lr_head": 0.0, "lr_blocks": 0.0}
-            row |= scores("train", heads.judge_all(features.tensor, heads.judges), inputs.labels)
-            finish_epoch(row, model, nothing, val_features, {"heads": heads}, run, cfg)
-        train_stage(1, model, nothing, heads, features, val_features, run, cfg)
+            row |= scores("train", heads.judge_all(features["train"].tensor, heads.judges),
+                          features["train"].labels)
+            finish_epoch(row, model, nothing, features["val"], {"heads": heads}, run, cfg)
+        train_stage(1, model, nothing, heads, features, run, cfg)
 
     # Stage 2. The last blocks learn as well.
-    train_stage(2, model, blocks, heads, inputs, val_inputs, run, cfg)
+    train_stage(2, model, blocks, heads, inputs, run, cfg)
 
 
-def train_stage(stage, model, blocks, heads, inputs, val_inputs, run, cfg):
+def train_stage(stage, model, blocks, heads, inputs, run, cfg):
     """Train the heads and `blocks` on `inputs` for the epochs of a stage that `run` has not had."""
     first, epochs, rate = ((1, cfg.epochs_stage1, cfg.lr_stage1) if stage == 1 else
                            (1 + cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage2))
@@ -392,11 +393,11 @@ def train_stage(stage, model, blocks, heads, inputs, val_inputs, run, cfg):
     for epoch in range(len(run.history), first + epochs):
         lr_head, *lr_blocks = scheduler.get_last_lr()
         row = {"stage": stage, "epoch": epoch, "lr_head": lr_head, "lr_blocks": max(lr_blocks, default=0.0)}
-        row |= train_one_epoch(blocks, heads, inputs.tensor, optimizer, scaler, epoch, cfg)
+        row |= train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
         scheduler.step()
         if epoch == cfg.epochs_stage1 + cfg.epochs_stage2 and len(blocks) and cfg.refit_head:
-            refit(heads, blocks, inputs, cfg)
-        finish_epoch(row, model, blocks, val_inputs, trainer, run, cfg)
+            refit(heads, blocks, inputs["train"], cfg)
+        finish_epoch(row, model, blocks, inputs["val"], trainer, run, cfg)
 
 
 def parameter_groups(blocks, heads, rate, cfg):
@@ -1107,7 +1108,7 @@ def train_and_report(cfg):
           f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
     inputs = {name: activations_once(name, split, frozen, cfg) for name, split in data.splits.items()}
     run = Run(model, data, cfg)
-    train(model, blocks, inputs["train"], inputs["val"], run, cfg)
+    train(model, blocks, inputs, run, cfg)
     report(model, blocks, inputs, data, run, cfg)
 
 

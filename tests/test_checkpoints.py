@@ -43,7 +43,8 @@ def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, m
     monkeypatch.setattr(program.os, "replace", replace)
     whole = checkpoints(tmp_path / "runs")
     names = [moment.name for moment in moments]
-    files = ("train", "val", "features", "refit", "best.pth", "last.pth", "history.csv", "report.txt")
+    files = ("activations_train", "activations_val", "features_train", "features_val", "refit", "best.pth", "last.pth",
+             "history.csv", "report.txt")
     assert all(any(file in name for name in names) for file in files)
     assert sum("last.pth" in name for name in names) == 4
     for moment in moments:

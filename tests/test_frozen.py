@@ -241,7 +241,7 @@ def test_what_no_longer_fits_is_removed_and_computed_anew(small_network, options
         else:
             options += change
         assert call(options) == 0
-        after = activations(tmp_path / "runs", "train") | activations(tmp_path / "runs", "features")
+        after = activations(tmp_path / "runs", "train") | activations(tmp_path / "runs", "features_train")
         assert len(after) == 2 and not before.keys() & after.keys(), change
         before = after
 
