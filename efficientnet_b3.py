@@ -355,7 +355,7 @@ def discriminant(counts, sums, products, shrinkage):
 
 def train(model, blocks, inputs, run, cfg):
     """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
-    heads, nothing = Heads(model.classifier[1], inputs["train"].labels, cfg), nn.Sequential()
+    heads = Heads(model.classifier[1], inputs["train"].labels, cfg)
     if run.trainer:
         heads.load_state_dict(run.trainer["heads"])
 
@@ -364,14 +364,9 @@ def train(model, blocks, inputs, run, cfg):
         frozen = Frozen(blocks, cfg)
         features = {split: features_once(f"features_{split}", frozen, inputs[split], cfg)
                     for split in ("train", "val")}
-        if not run.history:  # epoch 0: the head as it is solved, before any gradient
-            if cfg.head_init == "lda":
-                heads.solve(features["train"].tensor, cfg.shrinkage)
-            row = {"stage": 1, "epoch": 0, "lr_head": 0.0, "lr_blocks": 0.0}
-            row |= scores("train", heads.judge_all(features["train"].tensor, heads.judges),
-                          features["train"].labels)
-            finish_epoch(row, model, nothing, features["val"], {"heads": heads}, run, cfg)
-        train_stage(1, model, nothing, heads, features, run, cfg)
+        if not run.history and cfg.head_init == "lda":
+            heads.solve(features["train"].tensor, cfg.shrinkage)
+        train_stage(1, model, nn.Sequential(), heads, features, run, cfg)
 
     # Stage 2. The last blocks learn as well.
     train_stage(2, model, blocks, heads, inputs, run, cfg)
@@ -391,13 +386,20 @@ def train_stage(stage, model, blocks, heads, inputs, run, cfg):
         for name, part in trainer.items():
             part.load_state_dict(run.trainer[name])
     for epoch in range(len(run.history), first + epochs):
-        lr_head, *lr_blocks = scheduler.get_last_lr()
-        row = {"stage": stage, "epoch": epoch, "lr_head": lr_head, "lr_blocks": max(lr_blocks, default=0.0)}
-        row |= train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
-        scheduler.step()
+        if epoch == 0:  # the heads as they start, before any gradient
+            rates, logits = [0.0], heads.judge_all(inputs["train"].tensor, heads.judges)
+            result = scores("train", logits, inputs["train"].labels)
+        else:
+            rates = scheduler.get_last_lr()  # the heads', then the blocks'
+            result = train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
+            scheduler.step()
         if epoch == cfg.epochs_stage1 + cfg.epochs_stage2 and len(blocks) and cfg.refit_head:
             refit(heads, blocks, inputs["train"], cfg)
-        finish_epoch(row, model, blocks, inputs["val"], trainer, run, cfg)
+        # The head of all images goes into the model.
+        model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
+        logits = predict_logits(blocks, model.classifier, inputs["val"].tensor, cfg)
+        row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
+        run.add_epoch(row | result | scores("val", logits, inputs["val"].labels), model, trainer)
 
 
 def parameter_groups(blocks, heads, rate, cfg):
@@ -469,15 +471,6 @@ def predict_logits(blocks, head, activations, cfg):
     """Logits float32 [N, classes], on the CPU, of the first view of each of the activations [N, V, ...]."""
     features = map(Frozen(blocks, cfg), activations[:, :1].split(64))
     return torch.cat([head(part[:, 0].float().to(cfg.device)).cpu() for part in features])
-
-
-def finish_epoch(row, model, blocks, val_inputs, trainer, run, cfg):
-    """Put the head of all images into the model, validate it, save and tell."""
-    heads = trainer["heads"]
-    model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
-    row |= scores("val", predict_logits(blocks, model.classifier, val_inputs.tensor, cfg),
-                  val_inputs.labels)
-    run.add_epoch(row, model, trainer)
 
 
 # ---- Checkpoints and files of a run ----------------------------------------------------------------------
