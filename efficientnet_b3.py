@@ -353,9 +353,9 @@ def discriminant(counts, sums, products, shrinkage):
 # ---- Training --------------------------------------------------------------------------------------------
 
 
-def train(model, blocks, inputs, run, cfg):
-    """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
-    heads = Heads(model.classifier[1], inputs["train"].labels, cfg)
+def train(blocks, inputs, run, cfg):
+    """Train both stages, from the beginning or from where `run` stands; `blocks` are its model's last."""
+    heads = Heads(run.model.classifier[1], inputs["train"].labels, cfg)
     if run.trainer:
         heads.load_state_dict(run.trainer["heads"])
 
@@ -366,13 +366,13 @@ def train(model, blocks, inputs, run, cfg):
                     for split in ("train", "val")}
         if not run.history and cfg.head_init == "lda":
             heads.solve(features["train"].tensor, cfg.shrinkage)
-        train_stage(1, model, nn.Sequential(), heads, features, run, cfg)
+        train_stage(1, nn.Sequential(), heads, features, run, cfg)
 
     # Stage 2. The last blocks learn as well.
-    train_stage(2, model, blocks, heads, inputs, run, cfg)
+    train_stage(2, blocks, heads, inputs, run, cfg)
 
 
-def train_stage(stage, model, blocks, heads, inputs, run, cfg):
+def train_stage(stage, blocks, heads, inputs, run, cfg):
     """Train the heads and `blocks` on `inputs` for the epochs of a stage that `run` has not had."""
     first, epochs, rate = ((1, cfg.epochs_stage1, cfg.lr_stage1) if stage == 1 else
                            (1 + cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage2))
@@ -396,10 +396,10 @@ def train_stage(stage, model, blocks, heads, inputs, run, cfg):
         if epoch == cfg.epochs_stage1 + cfg.epochs_stage2 and len(blocks) and cfg.refit_head:
             refit(heads, blocks, inputs["train"], cfg)
         # The head of all images goes into the model.
-        model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
-        logits = predict_logits(blocks, model.classifier, inputs["val"].tensor, cfg)
+        run.model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
+        logits = predict_logits(blocks, run.model.classifier, inputs["val"].tensor, cfg)
         row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
-        run.add_epoch(row | result | scores("val", logits, inputs["val"].labels), model, trainer)
+        run.add_epoch(row | result | scores("val", logits, inputs["val"].labels), trainer)
 
 
 def parameter_groups(blocks, heads, rate, cfg):
@@ -482,7 +482,7 @@ WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", 
 
 
 class Run:
-    """A run as it stands on the disk: its configuration, the epochs so far, the states of all that trains."""
+    """A run as it stands on the disk: configuration, model, epochs so far, the states of all that trains."""
 
     def __init__(self, model, data, cfg):
         """Take up this very run after its last whole epoch, or move the files of another one aside."""
@@ -491,7 +491,8 @@ class Run:
             "class_names": data.class_names, "transforms": source_of(make_transforms),
             "images": digest(images), "weights": digest(model.features.state_dict()),
             "device_type": cfg.device.type, "precision": str(cfg.dtype)}
-        self.cfg, self.history, self.trainer, self.epoch_start = cfg, [], None, time.perf_counter()
+        self.cfg, self.model, self.history, self.trainer = cfg, model, [], None
+        self.epoch_start = time.perf_counter()
         try:
             last, best = (load_checkpoint(run_file(cfg, name)) for name in ("last.pth", "best.pth"))
             changed = {key for old in (last["config"], best["config"]) for key in old | self.config
@@ -513,12 +514,12 @@ class Run:
         for end in range(len(self.history)):
             print_epoch(self.history[:end + 1])
 
-    def add_epoch(self, row, model, trainer):
+    def add_epoch(self, row, trainer):
         """Save the model and the states of the parts of `trainer` after an epoch, and tell of it."""
         self.history.append(row | {"seconds": time.perf_counter() - self.epoch_start})
         self.epoch_start = time.perf_counter()
         best = best_epoch(self.history)
-        checkpoint = {"model": {key: value.cpu() for key, value in model.state_dict().items()},
+        checkpoint = {"model": {key: value.cpu() for key, value in self.model.state_dict().items()},
                       "config": self.config, "history": self.history, "best_accuracy": best["val_acc"]}
         if best is self.history[-1]:  # first: a run killed in between repeats the epoch, to the same bits
             write_file(run_file(self.cfg, "best.pth"), checkpoint)
@@ -892,16 +893,16 @@ def plot_mistakes(model, split, probabilities, names, title, cfg):
     return figure
 
 
-def report(model, blocks, inputs, data, run, cfg):
+def report(blocks, inputs, data, run, cfg):
     """Evaluate the best checkpoint on the splits of EVAL_SPLITS, write its files, and print what they say."""
     names, classes = np.array(data.class_names), range(len(data.class_names))
     best, metrics, texts, tables = load_checkpoint(run_file(cfg, "best.pth")), {}, [], []
     if best["config"] != run.config:
         raise RunError(f"{run_file(cfg, 'best.pth')} is of another run: start anew with --fresh")
-    model.load_state_dict(best["model"])
+    run.model.load_state_dict(best["model"])
     for name in (name for name in cfg.eval_splits if name in inputs):
         split = data.splits[name]
-        probabilities = predict_logits(blocks, model.classifier, inputs[name].tensor, cfg).softmax(1)
+        probabilities = predict_logits(blocks, run.model.classifier, inputs[name].tensor, cfg).softmax(1)
         values, likeliest = (top.numpy() for top in probabilities.topk(min(5, len(names))))
         labels, predicted = split.labels.numpy(), likeliest[:, 0]
         confusion = confusion_matrix(labels, predicted, labels=classes)
@@ -920,12 +921,12 @@ def report(model, blocks, inputs, data, run, cfg):
             "top5": ["; ".join(five) for five in names[likeliest]]}))
         if len(metrics) == 1:  # the other splits are in the files
             print("\n" + "\n\n".join(texts[1:]))
-            title = f"{name} split: {np.trace(confusion)} of {len(labels)} images right"
+            title = f", {name} split: {np.trace(confusion)} of {len(labels)} images right"
             short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
             with any_letters(short):
-                figure = plot_mistakes(model, split, probabilities, short, "Worst mistakes, " + title, cfg)
+                figure = plot_mistakes(run.model, split, probabilities, short, "Worst mistakes" + title, cfg)
                 write_file(run_file(cfg, "mistakes.png"), figure)
-                figure = plot_confusion_matrix(confusion, short, "Confusion matrix, " + title)
+                figure = plot_confusion_matrix(confusion, short, "Confusion matrix" + title)
                 write_file(run_file(cfg, "confusion_matrix.png"), figure)
     draw_curves(run.history, cfg, at_once=True)
     best_row = best_epoch(run.history)["epoch"]
@@ -1101,8 +1102,8 @@ def train_and_report(cfg):
           f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
     inputs = {name: activations_once(name, split, frozen, cfg) for name, split in data.splits.items()}
     run = Run(model, data, cfg)
-    train(model, blocks, inputs, run, cfg)
-    report(model, blocks, inputs, data, run, cfg)
+    train(blocks, inputs, run, cfg)
+    report(blocks, inputs, data, run, cfg)
 
 
 SIGNALS = []  # an exception that a handler raises within a destructor is lost: `progress` looks here too
