@@ -313,12 +313,9 @@ class Heads(nn.Module):
             self.weight[head], self.bias[head] = discriminant(*seen, shrinkage)
         logits = self.judge_all(features, self.folds)
         targets = self.labels.where(self.folds < last, -100).cpu()  # those that a head has not seen
-
-        def loss(log):
-            """Of the logits times e to the power of `log`."""
-            return F.cross_entropy(logits * math.exp(log), targets, reduction="sum").item()
-
-        best = minimize_scalar(loss, bounds=(-10, 5), method="bounded")
+        best = minimize_scalar(
+            lambda log: F.cross_entropy(logits * math.exp(log), targets, reduction="sum").item(),
+            bounds=(-10, 5), method="bounded")
         for parameter in self.parameters():
             parameter.mul_(math.exp(best.x))
 
