@@ -37,7 +37,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -45,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from joblib import cpu_count  # cores that this process may use, limits of a container included
-from matplotlib import font_manager
+from matplotlib import font_manager, rc_context
 from matplotlib.colors import PowerNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
@@ -842,7 +841,7 @@ def any_letters(names):
                 fonts, lacking = [*fonts, font.name], lacking - has
     if lacking:
         print(f"figures    no font has {listing(sorted(map(chr, lacking)), 9)}: boxes stand for these")
-    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False, "font.family": fonts}):
+    with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.family": fonts}):
         warnings.filterwarnings("ignore", "Glyph")
         yield
 
