@@ -210,27 +210,6 @@ def average_pool(maps):
     return F.avg_pool2d(maps, maps.shape[2:])
 
 
-def frozen_pass(frozen, paths, num_views, cfg):
-    """Send image files through `frozen`: yields outputs [B, V, ...]."""
-    # A GPU is fed by all processes; processors are busiest when each one takes its images all the way.
-    on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, num_views))
-    work = partial(batch_of_views, num_views=num_views, frozen=frozen if on_cpu else None, cfg=cfg)
-    for batch in progress(map_batches(work, list(enumerate(paths)), size, cfg), size, "frozen part"):
-        if isinstance(batch, str):
-            raise RunError(f"cannot read {batch}: mend or remove it, and run the same command again")
-        yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else frozen(torch.from_numpy(batch))
-
-
-def batch_of_views(items, num_views, frozen, cfg):
-    """Views of files, (index, path), or what `frozen` says of them, as bytes; or why one cannot be read."""
-    try:
-        batch = np.stack([load_views(path, index, num_views, cfg) for index, path in items])
-    except UserError as error:
-        return str(error)
-    # NumPy arrays go through a pipe; tensors would need shared memory, which containers are short of.
-    return frozen(torch.from_numpy(batch)).view(torch.uint8).numpy() if frozen else batch
-
-
 def activations_once(name, split, frozen, cfg):
     """Inputs of a split: what `frozen` says of VIEWS views of each training image, or of each other image."""
     num_views = cfg.views if name == "train" else 0
@@ -608,6 +587,45 @@ def is_whole(path):
     """Whether a file ends in the SHA-256 of all that comes before; after a power cut it may end in zeros."""
     content = np.memmap(path, np.uint8, "r") if path.exists() and path.stat().st_size else b""
     return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
+
+
+# ---- Worker processes ------------------------------------------------------------------------------------
+
+
+def frozen_pass(frozen, paths, num_views, cfg):
+    """Send image files through `frozen`: yields outputs [B, V, ...]."""
+    # A GPU is fed by all processes; processors are busiest when each one takes its images all the way.
+    on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, num_views))
+    work = partial(batch_of_views, num_views=num_views, frozen=frozen if on_cpu else None, cfg=cfg)
+    for batch in progress(map_batches(work, list(enumerate(paths)), size, cfg), size, "frozen part"):
+        if isinstance(batch, str):
+            raise RunError(f"cannot read {batch}: mend or remove it, and run the same command again")
+        yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else frozen(torch.from_numpy(batch))
+
+
+def batch_of_views(items, num_views, frozen, cfg):
+    """Views of files, (index, path), or what `frozen` says of them, as bytes; or why one cannot be read."""
+    try:
+        batch = np.stack([load_views(path, index, num_views, cfg) for index, path in items])
+    except UserError as error:
+        return str(error)
+    # NumPy arrays go through a pipe; tensors would need shared memory, which containers are short of.
+    return frozen(torch.from_numpy(batch)).view(torch.uint8).numpy() if frozen else batch
+
+
+def map_batches(work, items, batch_size, cfg):
+    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
+    # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
+    fork = sys.platform == "linux"
+    workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
+    workers = min(workers, len(items) // batch_size) if fork or "__file__" in globals() else 0
+    return DataLoader(items, batch_size, num_workers=workers, collate_fn=work, worker_init_fn=ignore_sigint,
+                      multiprocessing_context="fork" if fork and workers else None)
+
+
+def ignore_sigint(_worker):
+    """Ctrl-C reaches every process of a terminal; only the main one answers, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---- Images and weights on the disk ----------------------------------------------------------------------
@@ -1180,21 +1198,6 @@ def progress(batches, size, what):
         yield batch
     if unwatched and (seconds := time.monotonic() - start) > 5:
         print(f"{what}: {size * len(batches):,} images in {seconds:.0f} s", file=sys.stderr)
-
-
-def map_batches(work, items, batch_size, cfg):
-    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
-    # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
-    fork = sys.platform == "linux"
-    workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
-    workers = min(workers, len(items) // batch_size) if fork or "__file__" in globals() else 0
-    return DataLoader(items, batch_size, num_workers=workers, collate_fn=work, worker_init_fn=ignore_sigint,
-                      multiprocessing_context="fork" if fork and workers else None)
-
-
-def ignore_sigint(_worker):
-    """Ctrl-C reaches every process of a terminal; only the main one answers, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def digest(value):
