@@ -169,49 +169,13 @@ def split_model(model, blocks):
 #     activations (232x10x10, 46 kB in half precision) --in every step--> unfrozen blocks --> head --> loss
 #
 # With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540.
-# As its weights are fixed, each takes a sixth of the plain time: BatchNorm folded into the convolutions,
-# channels_last, half precision, few images at a time so that they stay in a processor's cache, and one
-# process per core. The next run, with other epochs or learning rates, finds the file and computes none.
+# The next run, with other epochs or learning rates, finds the file and computes none.
 
 Inputs = namedtuple("Inputs", "tensor labels depends")  # activations or features [N, V, ...], int64 [N], ...
 
 
-class Frozen:
-    """A copy, in its fastest form, of layers that stand still."""
-
-    def __init__(self, layers, cfg):
-        self.digest = digest(layers.state_dict())
-        layers = copy.deepcopy(layers).eval()
-        for module in layers.modules():
-            if isinstance(module, Conv2dNormActivation):
-                conv, norm, *_ = module
-                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
-            if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
-                module.forward = average_pool
-        self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
-        self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
-        self.batch_size = 4 if cfg.device.type == "cpu" else cfg.batch_size
-
-    @torch.no_grad()
-    def __call__(self, views):
-        """Outputs [B, V, ...], on the CPU, of activations [B, V, C, h, w] or images uint8 [B, V, H, W, 3]."""
-        outputs, size = [], self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
-        for part in views.flatten(0, 1).split(size):
-            part = part.to(self.device)
-            if part.dtype == torch.uint8:
-                part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
-            outputs.append(self.layers(part.to(self.dtype)))
-        outputs = torch.cat(outputs).cpu().clone(memory_format=torch.contiguous_format)
-        return outputs.unflatten(0, views.shape[:2])
-
-
-def average_pool(maps):
-    """What pooling to one value per channel says, in half precision on a CPU up to 30 times faster."""
-    return F.avg_pool2d(maps, maps.shape[2:])
-
-
 def activations_once(name, split, frozen, cfg):
-    """Inputs of a split: what `frozen` says of VIEWS views of each training image, or of each other image."""
+    """Inputs of a split: what a Frozen backbone says of VIEWS views of each training image, or of others."""
     num_views = cfg.views if name == "train" else 0
     drawn_by = (num_views, cfg.seed) if num_views else None
     depends = [source_of(make_transforms), cfg.img_size, cfg.crop, drawn_by, split.digest,
@@ -589,7 +553,45 @@ def is_whole(path):
     return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
 
 
-# ---- Worker processes ------------------------------------------------------------------------------------
+# ---- Fast passes through frozen layers -------------------------------------------------------------------
+#
+# As the weights are fixed, a pass takes a sixth of the plain time: BatchNorm folded into the convolutions,
+# channels_last, half precision, few images at a time so that they stay in a processor's cache, and one
+# process per core.
+
+
+class Frozen:
+    """A copy, in its fastest form, of layers that stand still."""
+
+    def __init__(self, layers, cfg):
+        self.digest = digest(layers.state_dict())
+        layers = copy.deepcopy(layers).eval()
+        for module in layers.modules():
+            if isinstance(module, Conv2dNormActivation):
+                conv, norm, *_ = module
+                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
+            if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
+                module.forward = average_pool
+        self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
+        self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
+        self.batch_size = 4 if cfg.device.type == "cpu" else cfg.batch_size
+
+    @torch.no_grad()
+    def __call__(self, views):
+        """Outputs [B, V, ...], on the CPU, of activations [B, V, C, h, w] or images uint8 [B, V, H, W, 3]."""
+        outputs, size = [], self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
+        for part in views.flatten(0, 1).split(size):
+            part = part.to(self.device)
+            if part.dtype == torch.uint8:
+                part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
+            outputs.append(self.layers(part.to(self.dtype)))
+        outputs = torch.cat(outputs).cpu().clone(memory_format=torch.contiguous_format)
+        return outputs.unflatten(0, views.shape[:2])
+
+
+def average_pool(maps):
+    """What pooling to one value per channel says, in half precision on a CPU up to 30 times faster."""
+    return F.avg_pool2d(maps, maps.shape[2:])
 
 
 def frozen_pass(frozen, paths, num_views, cfg):
