@@ -176,9 +176,8 @@ Inputs = namedtuple("Inputs", "tensor labels depends")  # activations or feature
 
 def activations_once(name, split, frozen, cfg):
     """Inputs of a split: what a Frozen backbone says of VIEWS views of each training image, or of others."""
-    num_views = cfg.views if name == "train" else 0
-    drawn_by = (num_views, cfg.seed) if num_views else None
-    depends = [source_of(make_transforms), cfg.img_size, cfg.crop, drawn_by, split.digest,
+    num_views, seed = (cfg.views, cfg.seed) if name == "train" else (0, None)  # no draw decides the others
+    depends = [source_of(make_transforms), cfg.img_size, cfg.crop, num_views, seed, split.digest,
                frozen.digest, str(cfg.dtype), cfg.device.type]
     one = frozen(torch.zeros(1, 1, *cfg.img_size, 3, dtype=torch.uint8))
     shape = (len(split.paths), max(1, num_views), *one.shape[2:])
@@ -372,8 +371,7 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        # Adam makes long steps of short gradients too;
-        # clipping keeps single odd batches from shaping its averages.
+        # Adam makes long steps of short gradients too; clipping keeps odd batches from shaping its averages.
         nn.utils.clip_grad_norm_(list(blocks.parameters()), cfg.clip_norm)
         scaler.step(optimizer)
         scale = scaler.get_scale()
