@@ -261,25 +261,11 @@ class Heads(nn.Module):
             parameter.mul_(math.exp(best.x))
 
 
-def moments(features, labels, images, classes):
-    """Of the rows `images` of features [N, V, D]: counts [classes], sums [classes, D] and products [D, D].
-
-    Those of two sets of images that share none add up to those of both.
-    """
-    counts = labels[images].bincount(minlength=classes) * features.shape[1]
-    sums, products = torch.zeros(2, 1, 1, dtype=torch.float64)
-    for rows in images.split(512):  # the features of all images may be larger than the memory
-        part = features[rows.cpu()].to(labels.device).float().flatten(0, 1)
-        targets = F.one_hot(labels[rows].repeat_interleave(features.shape[1]), classes).float()
-        sums, products = sums + (targets.T @ part).cpu(), products + (part.T @ part).cpu()
-    return counts.cpu(), sums, products
-
-
 def discriminant(counts, sums, products, shrinkage):
     """Linear discriminant analysis (Fisher, 1936), shrunk covariance: weights [classes, D], bias [classes].
 
-    The same as scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...), which needs all
-    features in memory and takes one covariance per class, and so is many times slower.
+    From `moments` it makes what scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...) makes
+    many times slower, with all features in memory and one covariance per class.
     """
     means = sums / counts[:, None].clamp_min(1)
     covariance = (products - means.T @ sums) / counts.sum()
@@ -1198,6 +1184,20 @@ def progress(batches, size, what):
         yield batch
     if unwatched and (seconds := time.monotonic() - start) > 5:
         print(f"{what}: {size * len(batches):,} images in {seconds:.0f} s", file=sys.stderr)
+
+
+def moments(features, labels, images, classes):
+    """Of the rows `images` of features [N, V, D]: counts [classes], sums [classes, D] and products [D, D].
+
+    Those of two sets of images that share none add up to those of both.
+    """
+    counts = labels[images].bincount(minlength=classes) * features.shape[1]
+    sums, products = torch.zeros(2, 1, 1, dtype=torch.float64)
+    for rows in images.split(512):  # the features of all images may be larger than the memory
+        part = features[rows.cpu()].to(labels.device).float().flatten(0, 1)
+        targets = F.one_hot(labels[rows].repeat_interleave(features.shape[1]), classes).float()
+        sums, products = sums + (targets.T @ part).cpu(), products + (part.T @ part).cpu()
+    return counts.cpu(), sums, products
 
 
 def digest(value):
