@@ -427,8 +427,9 @@ class Run:
             self.history, self.trainer = last["history"], last["trainer"]
             model.load_state_dict(last["model"])
         elif files := [path for path in (run_file(cfg, name) for name in RUN_FILES) if path.exists()]:
-            count = len(list(Path(cfg.out_dir).glob(glob.escape(cfg.run_name) + "_old*")))
-            old = run_file(cfg, f"old{count + 1}")
+            number = 1
+            while (old := run_file(cfg, f"old{number}")).exists():
+                number += 1
             old.mkdir()
             for file in files:
                 file.rename(old / file.name)

@@ -135,6 +135,13 @@ def test_files_moved_back_are_the_earlier_run_again(trained, tmp_path, monkeypat
     assert call(trained) == 0 and same(checkpoints(tmp_path / "runs"), before)
 
 
+def test_old_files_go_where_there_are_none(trained, tmp_path):
+    """A folder of old files may have been deleted, and another run's name may begin alike."""
+    (tmp_path / "runs" / "t_old2").mkdir()
+    assert call([*trained, "--fresh"]) == 0 and (tmp_path / "runs" / "t_old1" / "t_last.pth").exists()
+    assert not list((tmp_path / "runs" / "t_old2").iterdir())
+
+
 def test_an_edited_transform_starts_a_new_run_even_if_its_repr_is_the_same(options, tmp_path, monkeypatch, capsys):
     real, options = program.make_transforms, [*options, *ONE_EPOCH]
 
