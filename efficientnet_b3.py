@@ -953,7 +953,7 @@ def predict(cfg):
         if not files and not any(file.suffix.lower() in IMAGE_ENDINGS for file in inside):
             raise UserError(f"{name} does not exist or has no images: name images or folders")
         paths += files + only_images(inside, sys.stderr)
-    state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"))
+    state = load_checkpoint(cfg.checkpoint or run_file(cfg, "best.pth"))
     cfg.img_size, cfg.crop, names = (state["config"][key] for key in ("img_size", "crop", "class_names"))
     if state["config"]["transforms"] != source_of(make_transforms):
         print("note: this checkpoint was trained with another make_transforms than today's", file=sys.stderr)
@@ -1122,7 +1122,7 @@ def main(argv=()):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without the letters of a name shows their codes
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    cfg = parse_command_line(list(argv))
+    cfg = parse_command_line(argv)
     try:
         choose_device(cfg)
         if cfg.predict:
