@@ -168,8 +168,9 @@ def split_model(model, blocks):
 #     image file --once--> decoded --once per view--> augmented --> frozen part --> activations, a file
 #     activations (232x10x10, 46 kB in half precision) --in every step--> unfrozen blocks --> head --> loss
 #
-# With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540.
-# The next run, with other epochs or learning rates, finds the file and computes none.
+# With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540,
+# each in a sixth of the time ("Fast passes" below). The next run, with other epochs or learning rates, finds
+# the file and computes none.
 
 Inputs = namedtuple("Inputs", "tensor labels depends")  # activations or features [N, V, ...], int64 [N], ...
 
@@ -188,7 +189,7 @@ def activations_once(name, split, frozen, cfg):
 def features_once(name, blocks, inputs, cfg):
     """Inputs of pooled features [N, V, D]: what the last blocks, a Frozen copy, say of activations."""
     depends = [inputs.depends, blocks.digest]
-    batches = map(blocks, progress(inputs.tensor.split(64), 64, "last blocks"))
+    batches = map(blocks, progress(inputs.tensor.split(64), len(inputs.tensor), "last blocks"))
     shape = (*inputs.tensor.shape[:2], *blocks(inputs.tensor[:1, :1]).shape[2:])
     return Inputs(compute_once(name, depends, shape, batches, cfg), inputs.labels, depends)
 
@@ -344,7 +345,7 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
     batches, all_logits, skipped = torch.randperm(len(views)).split(cfg.batch_size), [], 0
-    for number, images in enumerate(progress(batches, cfg.batch_size, f"epoch {epoch}"), 1):
+    for number, images in enumerate(progress(batches, len(views), f"epoch {epoch}"), 1):
         activations, images = views[images, (epoch - 1) % views.shape[1]], images.to(cfg.device)
         with torch.autocast(cfg.device.type, cfg.dtype, enabled=cfg.dtype != torch.float32):
             features = blocks(activations.to(cfg.device)).float()
@@ -394,6 +395,83 @@ def predict_logits(blocks, head, activations, cfg):
     """Logits float32 [N, classes], on the CPU, of the first view of each of the activations [N, V, ...]."""
     features = map(Frozen(blocks, cfg), activations[:, :1].split(64))
     return torch.cat([head(part[:, 0].float().to(cfg.device)).cpu() for part in features])
+
+
+# ---- Fast passes through frozen layers -------------------------------------------------------------------
+#
+# As the weights are fixed, a pass takes a sixth of the plain time: BatchNorm folded into the convolutions,
+# channels_last, half precision, few images at a time so that they stay in a processor's cache, and one
+# process per core.
+
+
+class Frozen:
+    """A copy, in its fastest form, of layers that stand still."""
+
+    def __init__(self, layers, cfg):
+        self.digest = digest(layers.state_dict())
+        layers = copy.deepcopy(layers).eval()
+        for module in layers.modules():
+            if isinstance(module, Conv2dNormActivation):
+                conv, norm, *_ = module
+                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
+            if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
+                module.forward = average_pool
+        self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
+        self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
+        self.batch_size = 4 if cfg.device.type == "cpu" else cfg.batch_size
+
+    @torch.no_grad()
+    def __call__(self, views):
+        """Outputs [B, V, ...], on the CPU, of activations [B, V, C, h, w] or images uint8 [B, V, H, W, 3]."""
+        outputs, size = [], self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
+        for part in views.flatten(0, 1).split(size):
+            part = part.to(self.device)
+            if part.dtype == torch.uint8:
+                part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
+            outputs.append(self.layers(part.to(self.dtype)))
+        outputs = torch.cat(outputs).cpu().clone(memory_format=torch.contiguous_format)
+        return outputs.unflatten(0, views.shape[:2])
+
+
+def average_pool(maps):
+    """What pooling to one value per channel says, in half precision on a CPU up to 30 times faster."""
+    return F.avg_pool2d(maps, maps.shape[2:])
+
+
+def frozen_pass(frozen, paths, num_views, cfg):
+    """Send image files through `frozen`: yields outputs [B, V, ...]."""
+    # A GPU is fed by all processes; processors are busiest when each one takes its images all the way.
+    on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, num_views))
+    work = partial(batch_of_views, num_views=num_views, frozen=frozen if on_cpu else None, cfg=cfg)
+    for batch in progress(map_batches(work, list(enumerate(paths)), size, cfg), len(paths), "frozen part"):
+        if isinstance(batch, str):
+            raise RunError(f"cannot read {batch}: mend or remove it, and run the same command again")
+        yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else frozen(torch.from_numpy(batch))
+
+
+def batch_of_views(items, num_views, frozen, cfg):
+    """Views of files, (index, path), or what `frozen` says of them, as bytes; or why one cannot be read."""
+    try:
+        batch = np.stack([load_views(path, index, num_views, cfg) for index, path in items])
+    except UserError as error:
+        return str(error)
+    # NumPy arrays go through a pipe; tensors would need shared memory, which containers are short of.
+    return frozen(torch.from_numpy(batch)).view(torch.uint8).numpy() if frozen else batch
+
+
+def map_batches(work, items, batch_size, cfg):
+    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
+    # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
+    fork = sys.platform == "linux"
+    workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
+    workers = min(workers, len(items) // batch_size) if fork or "__file__" in globals() else 0
+    return DataLoader(items, batch_size, num_workers=workers, collate_fn=work, worker_init_fn=ignore_sigint,
+                      multiprocessing_context="fork" if fork and workers else None)
+
+
+def ignore_sigint(_worker):
+    """Ctrl-C reaches every process of a terminal; only the main one answers, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---- Checkpoints and files of a run ----------------------------------------------------------------------
@@ -538,83 +616,6 @@ def is_whole(path):
     return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
 
 
-# ---- Fast passes through frozen layers -------------------------------------------------------------------
-#
-# As the weights are fixed, a pass takes a sixth of the plain time: BatchNorm folded into the convolutions,
-# channels_last, half precision, few images at a time so that they stay in a processor's cache, and one
-# process per core.
-
-
-class Frozen:
-    """A copy, in its fastest form, of layers that stand still."""
-
-    def __init__(self, layers, cfg):
-        self.digest = digest(layers.state_dict())
-        layers = copy.deepcopy(layers).eval()
-        for module in layers.modules():
-            if isinstance(module, Conv2dNormActivation):
-                conv, norm, *_ = module
-                module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
-            if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
-                module.forward = average_pool
-        self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
-        self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
-        self.batch_size = 4 if cfg.device.type == "cpu" else cfg.batch_size
-
-    @torch.no_grad()
-    def __call__(self, views):
-        """Outputs [B, V, ...], on the CPU, of activations [B, V, C, h, w] or images uint8 [B, V, H, W, 3]."""
-        outputs, size = [], self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
-        for part in views.flatten(0, 1).split(size):
-            part = part.to(self.device)
-            if part.dtype == torch.uint8:
-                part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
-            outputs.append(self.layers(part.to(self.dtype)))
-        outputs = torch.cat(outputs).cpu().clone(memory_format=torch.contiguous_format)
-        return outputs.unflatten(0, views.shape[:2])
-
-
-def average_pool(maps):
-    """What pooling to one value per channel says, in half precision on a CPU up to 30 times faster."""
-    return F.avg_pool2d(maps, maps.shape[2:])
-
-
-def frozen_pass(frozen, paths, num_views, cfg):
-    """Send image files through `frozen`: yields outputs [B, V, ...]."""
-    # A GPU is fed by all processes; processors are busiest when each one takes its images all the way.
-    on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, num_views))
-    work = partial(batch_of_views, num_views=num_views, frozen=frozen if on_cpu else None, cfg=cfg)
-    for batch in progress(map_batches(work, list(enumerate(paths)), size, cfg), size, "frozen part"):
-        if isinstance(batch, str):
-            raise RunError(f"cannot read {batch}: mend or remove it, and run the same command again")
-        yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else frozen(torch.from_numpy(batch))
-
-
-def batch_of_views(items, num_views, frozen, cfg):
-    """Views of files, (index, path), or what `frozen` says of them, as bytes; or why one cannot be read."""
-    try:
-        batch = np.stack([load_views(path, index, num_views, cfg) for index, path in items])
-    except UserError as error:
-        return str(error)
-    # NumPy arrays go through a pipe; tensors would need shared memory, which containers are short of.
-    return frozen(torch.from_numpy(batch)).view(torch.uint8).numpy() if frozen else batch
-
-
-def map_batches(work, items, batch_size, cfg):
-    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
-    # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
-    fork = sys.platform == "linux"
-    workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
-    workers = min(workers, len(items) // batch_size) if fork or "__file__" in globals() else 0
-    return DataLoader(items, batch_size, num_workers=workers, collate_fn=work, worker_init_fn=ignore_sigint,
-                      multiprocessing_context="fork" if fork and workers else None)
-
-
-def ignore_sigint(_worker):
-    """Ctrl-C reaches every process of a terminal; only the main one answers, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 # ---- Images and weights on the disk ----------------------------------------------------------------------
 
 Data = namedtuple("Data", "class_names splits")  # list of str, {"train": Split, "val": ...}
@@ -685,7 +686,7 @@ def find_images(cfg):
     flowers = not folder.exists() or not visible(folder) or (folder / "flowers-102").is_dir()
     names, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
     # All files are decoded once, in seconds, so that all broken ones are known before the first long pass.
-    batches = progress(map_batches(check_files, table.path.tolist(), 16, cfg), 16, "decoding")
+    batches = progress(map_batches(check_files, table.path.tolist(), 16, cfg), len(table), "decoding")
     table[["sha256", "reason"]] = [checked for batch in batches for checked in batch]
     reasons = [readable(reason) for reason in table.reason if reason]
     if reasons:
@@ -958,7 +959,7 @@ def predict(cfg):
     if state["config"]["transforms"] != source_of(make_transforms):
         print("note: this checkpoint was trained with another make_transforms than today's", file=sys.stderr)
     model = build_model(len(names), state["model"])
-    batches = progress(map_batches(check_files, paths, 16, cfg), 16, "decoding")
+    batches = progress(map_batches(check_files, paths, 16, cfg), len(paths), "decoding")
     reasons = [reason for batch in batches for _, reason in batch]
     for reason in filter(None, reasons):
         print(f"cannot read {readable(reason)}", file=sys.stderr)
@@ -991,7 +992,7 @@ def draw_demo_images(folder):
     """Draw 12 pictures of each of 102 species, 8 to train on and 4 to test, as own images would lie there."""
     if any(folder.glob("*")) and not (folder / "train" / "species 001").is_dir():
         raise UserError(f"{folder} holds other files than the demo's: leave out --data-dir or set another")
-    for species, number in progress(list(np.ndindex(102, 12)), 1, "drawing"):
+    for species, number in progress(list(np.ndindex(102, 12)), 102 * 12, "drawing"):
         path = folder / ("train" if number < 8 else "val") / f"species {species + 1:03d}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_flower(species, number).save(path)
@@ -1173,17 +1174,18 @@ def readable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def progress(batches, size, what):
-    """Pass batches on: a bar that counts images where somebody watches, else one line after a long phase."""
-    scale = size if size > 1 else False  # by 1, tqdm means that 1,020 should read 1.02k
-    bar = tqdm(batches, what, disable=None, leave=False, unit=" images", unit_scale=scale)
-    start, unwatched = time.monotonic(), bar.disable
-    for batch in bar:
-        if SIGNALS:
-            raise KeyboardInterrupt
-        yield batch
-    if unwatched and (seconds := time.monotonic() - start) > 5:
-        print(f"{what}: {size * len(batches):,} images in {seconds:.0f} s", file=sys.stderr)
+def progress(batches, images, what):
+    """Pass batches of so many images on: a bar where somebody watches, else one line after a long phase."""
+    start = time.monotonic()
+    with tqdm(total=images, desc=what, disable=None, leave=False, unit=" images") as bar:
+        watched = not bar.disable
+        for number, batch in enumerate(batches, 1):
+            if SIGNALS:
+                raise KeyboardInterrupt
+            yield batch
+            bar.update(images * number // len(batches) - bar.n)
+    if not watched and (seconds := time.monotonic() - start) > 5:
+        print(f"{what}: {images:,} images in {seconds:.0f} s", file=sys.stderr)
 
 
 def moments(features, labels, images, classes):

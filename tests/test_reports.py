@@ -124,7 +124,7 @@ def test_a_long_phase_is_a_bar_on_a_terminal_and_one_line_in_a_file(monkeypatch)
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-        assert len(list(program.progress(range(1020), 1, "frozen part"))) == 1020
+        assert len(list(program.progress(range(1020), 1020, "frozen part"))) == 1020
         clock, text = iter((0, 90)), stream.getvalue()
         if stream.isatty():
             assert "/1020 " in text and "images in" not in text and text.split("\r")[-2].strip() == ""
