@@ -534,9 +534,9 @@ class Run:
 
 def print_epoch(history):
     """The last epoch as a line of the table, with a star if none before was better."""
-    star = "*" if best_epoch(history) is history[-1] else ""
+    star = "    *" if best_epoch(history) is history[-1] else ""
     print("{stage:5} {epoch:5} {lr_head:7.1e} {lr_blocks:9.1e} {train_loss:10.4f} {train_acc:9.2%} "
-          "{val_loss:8.4f} {val_acc:7.2%} {seconds:6.1f}{star:>5}".format(**history[-1], star=star))
+          "{val_loss:8.4f} {val_acc:7.2%} {seconds:6.1f}{star}".format(**history[-1], star=star))
 
 
 def best_epoch(history):
