@@ -914,7 +914,7 @@ def report(blocks, inputs, data, run, cfg):
         each = classification_report(labels, predicted, labels=classes, target_names=names, digits=3,
                                      zero_division=0)
         worst = table.set_axis(names)["f1-score"].nsmallest(10).to_string(float_format="%.3f")
-        texts += [f"{name}: lowest F1\n{worst}", f"{name}: each class\n{each}",
+        texts += [f"{name}: lowest F1\n{worst}", f"{name}: each class\n{each.rstrip()}",
                   "\n".join([f"{name}: most confused", *pairs])]
         tables.append(pd.DataFrame({
             "file": [os.path.relpath(path, cfg.data_dir) for path in split.paths], "split": name,

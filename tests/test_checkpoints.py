@@ -16,6 +16,12 @@ import efficientnet_b3 as program
 pytestmark = pytest.mark.usefixtures("no_figures", "small_network")
 
 
+@pytest.fixture
+def whole_network(small_network, monkeypatch):
+    """B3 itself."""
+    monkeypatch.setattr(program, "efficientnet_b3", efficientnet_b3)
+
+
 def as_it_stands(folder, copy):
     """A copy of a folder; files that are only ever replaced are linked."""
     copy.mkdir()
@@ -24,7 +30,7 @@ def as_it_stands(folder, copy):
             (shutil.copy if path.suffix == ".tmp" else os.link)(path, copy / path.name)
 
 
-def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, monkeypatch, capsys):
+def test_killed_anywhere_and_continued_is_never_interrupted(whole_network, options, tmp_path, monkeypatch, capsys):
     """What is on the disk whenever a file is put in place is what a kill at that moment leaves.
 
     Of the files that the report writes one after the other, the first one stands for all.
@@ -54,9 +60,8 @@ def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, m
         shutil.rmtree(moment)
 
 
-def test_sigkill_between_epochs(options, tmp_path, monkeypatch, capsys):
+def test_sigkill_between_epochs(whole_network, options, tmp_path, capsys):
     """A real kill of the program as people run it, sent when the line of epoch 1 appears."""
-    monkeypatch.setattr(program, "efficientnet_b3", efficientnet_b3)
     process = start(*options)
     for line in process.stdout:
         if line.split()[:2] == ["1", "1"]:
