@@ -61,6 +61,9 @@ from torchvision.ops import Conv2dNormActivation, StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+# Names in capitals that are no constants; in a notebook that runs this twice, also those from further down.
+others = {name for name in globals() if name.isupper() and name.lower() not in globals().get("CONSTANTS", ())}
+
 # ---- Configuration ---------------------------------------------------------------------------------------
 
 # Data
@@ -71,7 +74,7 @@ VIEWS = 8  # augmented views of each training image; epoch e trains on view (e -
 VAL_FRACTION = 0.2  # of own images without a folder val, the share of each class drawn for validation
 SKIP_UNREADABLE = False  # go on without images that cannot be read
 EVAL_SPLITS = ("val", "test")  # splits that the report covers, where there are images: val, test or both
-NUM_WORKERS = -1  # processes that make batches; -1: one per core, at most 16; 0: none but the main one
+NUM_WORKERS = -1  # processes that work on images; -1: one per core, at most 16; 0: none but the main one
 
 # Model
 WEIGHTS = "IMAGENET1K_V1"  # pretrained weights: IMAGENET1K_V1, the path of a state dict, or none
@@ -103,7 +106,7 @@ RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files o
 OUT_DIR = "runs"  # folder of those files
 
 CONSTANTS = {name.lower(): value for name, value in globals().items()
-             if name.isupper() and not inspect.ismodule(value)}
+             if name.isupper() and name not in others}
 
 # ---- Data ------------------------------------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ def make_transforms(cfg):
     `resize` once, then `augment` for a training view or `centre` for all else (PIL images); last, on the
     device, `normalize` (uint8 [B, 3, H, W] to float32).
     """
-    # 320 pixels, of which validation sees the middle 300, are torchvision's own preset for B3.
+    # With crops, 320 pixels, of which validation sees the middle 300, as in torchvision's preset for B3.
     resize = v2.Resize(max(cfg.img_size) * 16 // 15 if cfg.crop else cfg.img_size)
     crop = [v2.RandomResizedCrop(cfg.img_size, scale=(cfg.crop, 1))] if cfg.crop else []
     augment = v2.Compose([*crop, v2.RandomHorizontalFlip(), v2.RandomRotation(15),
@@ -127,7 +130,7 @@ def make_transforms(cfg):
 
 
 def load_views(path, index, num_views, cfg):
-    """A file, decoded once, as `num_views` augmented views, or, if 0, as it is: uint8 [V, H, W, 3].
+    """A file, decoded once, as `num_views` augmented views, or, if 0, as one that is not: uint8 [V, H, W, 3].
 
     View v of image i is a function of (SEED, v, i) alone: the same in any process, order and continued run.
     """
@@ -382,7 +385,7 @@ def scores(split, logits, labels):
 def refit(heads, blocks, inputs, cfg):
     """Solve the heads on the features of the fine-tuned blocks and take the mean with the trained heads.
 
-    Both classify the same features; the mean of two linear heads is a linear head, and better than either.
+    Both classify the same features; the mean of two linear heads is a linear head, here a better one.
     """
     solved = copy.deepcopy(heads)
     solved.solve(features_once("refit", Frozen(blocks, cfg), inputs, cfg).tensor, cfg.shrinkage)
@@ -623,7 +626,7 @@ Split = namedtuple("Split", "paths labels digest")  # N paths, int64 [N], SHA-25
 
 IMAGE_ENDINGS = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "__pycache__",
-          "system volume information"}
+          "system volume information", "demo_flowers"}
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
@@ -697,9 +700,11 @@ def find_images(cfg):
             raise UserError(f"{told}: mend or remove them, or set --skip-unreadable")
         print(f"data       {told}")
     table = table[table.reason == ""]
-    if table.label[table.split == "train"].nunique() < len(names) or "val" not in set(table.split):
+    found = set(table.split)
+    if (table.label[table.split == "train"].nunique() < len(names) or "val" not in found
+            or not found & set(cfg.eval_splits)):
         raise UserError(f"{folder} has too few images left of a class or split (cannot read {len(reasons)}): "
-                        "add some or change VAL_FRACTION")
+                        "add some or change VAL_FRACTION or EVAL_SPLITS")
     splits = {name: Split(part.path.tolist(), torch.tensor(part.label.tolist()), digest(part.sha256.tolist()))
               for name, part in table.groupby("split", sort=False)}
     counts = ", ".join(f"{len(split.paths):,} {name}" for name, split in splits.items())
@@ -709,8 +714,11 @@ def find_images(cfg):
 
 def find_class_folders(folder, cfg):
     """Class names and a table of own images: one folder per class, alone or within train, val and test."""
-    places = {split: path for split, names in SPLITS.items() for path in visible(folder)
-              if path.is_dir() and path.name.lower() in names} or {"train": folder}
+    matches = [(split, path) for split, names in SPLITS.items() for path in visible(folder)
+               if path.is_dir() and path.name.lower() in names]
+    places = dict(matches) or {"train": folder}
+    if len(matches) > len(places):
+        raise UserError(f"{folder} holds a split twice: {listing([path.name for _, path in matches], 9)}")
     if "test" not in cfg.eval_splits:
         places.pop("test", None)
     folders = [(split, path) for split in places for path in visible(places[split]) if path.is_dir()]
@@ -766,6 +774,8 @@ def cure(error):
         return "let Python know your proxy's certificate (SSL_CERT_FILE)"
     if isinstance(error, PermissionError) or "Read-only" in str(error):
         return f"make {error.filename} writable (for the weights' cache: TORCH_HOME)"
+    if isinstance(error, FileNotFoundError):
+        return "check the path"
     return "connect to the network" if isinstance(error, OSError) else "delete it if a download was cut short"
 
 
@@ -825,7 +835,7 @@ def draw_curves(history, cfg, at_once=False):
         axes.plot(table.epoch, scale * table[f"val_{key}"], ".-", c=orange, lw=2, label="validation")
         axes.plot(best["epoch"], height, "o", c=green, ms=10, mec="white", label=f"best: {height:.3g}")
         axes.axvline(cfg.epochs_stage1 + 0.5, color="0.35", ls="--", lw=1.2)
-        axes.set_title("stage 1: head (at 0: solved, untrained)", loc="left", size=10, color="0.35")
+        axes.set_title("stage 1: head (epoch 0: before any gradient)", loc="left", size=10, color="0.35")
         axes.set_title("stage 2: fine-tuning", loc="right", size=10, color="0.35")
         axes.set(xlim=(-0.5, cfg.epochs_stage1 + cfg.epochs_stage2 + 0.5), xlabel="Epoch", ylabel=label)
         axes.grid(alpha=0.3)
@@ -920,7 +930,7 @@ def report(blocks, inputs, data, run, cfg):
             "file": [os.path.relpath(path, cfg.data_dir) for path in split.paths], "split": name,
             "true": names[labels], "predicted": names[predicted], "probability": values[:, 0].round(4),
             "top5": ["; ".join(five) for five in names[likeliest]]}))
-        if len(metrics) == 1:  # the other splits are in the files
+        if len(metrics) == 1:  # figures and terminal show one split, the files all
             print("\n" + "\n\n".join(texts[1:]))
             title = f", {name} split: {np.trace(confusion)} of {len(labels)} images right"
             short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
@@ -989,7 +999,7 @@ def start_without_pretraining(model):
 
 
 def draw_demo_images(folder):
-    """Draw 12 pictures of each of 102 species, 8 to train on and 4 to test, as own images would lie there."""
+    """Draw 12 pictures of each of 102 species, 8 for training and 4 for validation, as own images lie."""
     if any(folder.glob("*")) and not (folder / "train" / "species 001").is_dir():
         raise UserError(f"{folder} holds other files than the demo's: leave out --data-dir or set another")
     for species, number in progress(list(np.ndindex(102, 12)), 102 * 12, "drawing"):
@@ -1048,7 +1058,8 @@ def parse_command_line(argv):
     cfg = parser.parse_args(argv)
     rules = {
         "IMG_SIZE must be two numbers, height and width": np.size(cfg.img_size) == 2,
-        "EVAL_SPLITS must be val or test": sorted(cfg.eval_splits) in (["test"], ["test", "val"], ["val"]),
+        "EVAL_SPLITS must be val, test or both":
+            sorted(cfg.eval_splits) in (["test"], ["test", "val"], ["val"]),
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
         "RUN_NAME must be a file name": cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip("."),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
@@ -1220,7 +1231,7 @@ def source_of(function):
     """The source of a function or, where there is none, its bytecode."""
     with suppress(OSError):
         return inspect.getsource(function)
-    return repr((function.__code__.co_code, function.__code__.co_consts))
+    return repr((function.__code__.co_code, function.__code__.co_consts, function.__code__.co_names))
 
 
 if __name__ == "__main__":

@@ -150,11 +150,12 @@ def test_pasted_into_a_notebook_it_runs_with_the_constants_as_they_are(own_image
     source = edited(tmp_path, **constants).read_text("utf-8")
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     interrupt = signal.getsignal(signal.SIGINT)
-    cell = {"__name__": "__main__", "__builtins__": __builtins__}
+    cell = {"__name__": "__main__", "__builtins__": __builtins__, "X": ["a name in capitals that is the notebook's own"]}
     exec(compile(source, "<cell>", "exec"), cell)
     assert "macro_f1" in capsys.readouterr().out and (tmp_path / "runs" / "t_acc.png").exists()
-    cell["main"]()
+    exec(compile(source, "<cell>", "exec"), cell)
     assert "new run" not in capsys.readouterr().out
+    assert cell["CONSTANTS"].keys() == program.CONSTANTS.keys()
     assert signal.getsignal(signal.SIGINT) is interrupt  # the notebook's own
 
 

@@ -2,7 +2,7 @@
 import json
 
 import numpy as np
-from conftest import call, draw, is_one_line, start, without_progress
+from conftest import call, draw, draw_classes, is_one_line, start, without_progress
 from PIL import Image
 
 import efficientnet_b3 as program
@@ -36,6 +36,14 @@ def test_a_folder_of_other_files_is_not_drawn_into(tmp_path, capsys):
         assert call(["--demo", "--data-dir", folder, "--out-dir", tmp_path / "runs"]) == 2
         assert is_one_line(capsys.readouterr().err, phrase)
     assert [path.name for path in mine.iterdir()] == ["0.png"]
+
+
+def test_after_the_demo_the_real_thing_finds_its_own_folder(tmp_path, monkeypatch, downloads, capsys):
+    """Both lie in `data`, and the README runs one after the other."""
+    monkeypatch.chdir(tmp_path)
+    draw_classes(tmp_path / program.DEMO["data_dir"] / "train", 1)
+    assert call(["--weights", "none"]) == 2 and downloads
+    assert is_one_line(capsys.readouterr().err, "cannot download Flowers-102")
 
 
 def test_the_demo_has_constants_of_its_own_that_can_be_set(tmp_path):

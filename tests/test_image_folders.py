@@ -69,6 +69,11 @@ def test_without_test_the_report_does_without_it(options, own_images, tmp_path):
         figures_of(tmp_path / "runs", "test")
 
 
+def test_a_report_on_images_that_are_not_there_is_refused_before_the_training(options, own_images, tmp_path, capsys):
+    (own_images / "test").rename(tmp_path / "test")
+    refuse([*options, "--eval-splits", "test"], capsys, "EVAL_SPLITS")
+
+
 def test_class_folders_alone_lend_a_part_of_each_class_for_validation(find, tmp_path, capsys):
     folder = draw_classes(tmp_path / "alone", 10)
     for number in range(10, 20):
@@ -236,7 +241,8 @@ def keep_one_class(own):
     (lambda own: draw(own / "val" / "green" / "0.png", (0, 250, 0), 0), ["train/green"]),
     (lambda own: (own / "val" / "red").rename(own / "val" / "Red"), ["val", "red", "Red"]),
     (lambda own: (own / "train").rename(own / "trian"), ["trian", "train"]),
-    (lambda own: [image.unlink() for image in own.glob("val/*/*.png")], ["val"])])
+    (lambda own: [image.unlink() for image in own.glob("val/*/*.png")], ["val"]),
+    (lambda own: shutil.copytree(own / "train", own / "training"), ["train, training"])])
 def test_folders_that_do_not_fit_are_answered_by_one_line(change, phrases, options, own_images, downloads, capsys):
     change(own_images)
     refuse(options, capsys, own_images, *phrases)

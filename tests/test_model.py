@@ -59,6 +59,12 @@ def test_a_checkpoint_of_the_program_is_a_file_of_weights_too(finished):
     assert torch.equal(program.load_pretrained(str(path))[FIRST], state[FIRST])
 
 
+def test_a_path_that_does_not_exist_is_not_blamed_on_the_network(options, downloads, capsys):
+    assert call([*options, "--weights", "typo.pth"]) == 2
+    error = capsys.readouterr().err
+    assert is_one_line(error, "typo.pth", "path") and "network" not in error
+
+
 def test_no_weights_and_a_path_in_the_home_folder(weights, options, monkeypatch):
     monkeypatch.setenv("HOME", str(weights.parent))
     assert program.load_pretrained("none") is None
