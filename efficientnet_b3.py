@@ -224,6 +224,7 @@ class Heads(nn.Module):
         self.judges = self.folds if cfg.cross_fit else torch.full_like(self.folds, cfg.folds)
         self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
+        self.register_buffer("sharpest", torch.tensor(0.0))  # log of the largest factor that `solve` may take
 
     def loss(self, features, images):
         """The loss of the heads: the cross-entropy of each on those images that it may see, summed."""
@@ -247,7 +248,8 @@ class Heads(nn.Module):
         """Set all heads in closed form: discriminant analysis of the features [N, V, D], and one temperature.
 
         As such heads are too confident, their logits are scaled by the factor that gives the lowest
-        cross-entropy on left-out images (temperature scaling: Guo et al., 2017).
+        cross-entropy on left-out images (temperature scaling: Guo et al., 2017). Blocks that are fine-tuned
+        have seen those images, and may get all of them right: the first factor, of frozen ones, is a limit.
         """
         last, classes = len(self.bias) - 1, self.bias.shape[1]
         parts = [moments(features, self.labels, (self.folds == fold).nonzero()[:, 0], classes)
@@ -260,7 +262,8 @@ class Heads(nn.Module):
         targets = self.labels.where(self.folds < last, -100).cpu()  # those that a head has not seen
         best = minimize_scalar(
             lambda log: F.cross_entropy(logits * math.exp(log), targets, reduction="sum").item(),
-            bounds=(-10, 5), method="bounded")
+            bounds=(-10, self.sharpest.item()), method="bounded")
+        self.sharpest.fill_(best.x)
         for parameter in self.parameters():
             parameter.mul_(math.exp(best.x))
 

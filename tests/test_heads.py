@@ -51,6 +51,25 @@ def test_the_temperature_is_the_best_one_for_left_out_images(options):
     assert all(best < F.cross_entropy(factor * logits, LABELS) for factor in (0.5, 0.9, 1.1, 2))
 
 
+def test_heads_are_never_more_confident_than_the_analysis_or_than_they_were_on_a_frozen_backbone(options):
+    """Where all left-out images are right, ever larger logits would have ever lower cross-entropy."""
+    def confidence(heads, data):
+        raw, _ = program.discriminant(*program.moments(data, LABELS, torch.arange(24), 3), 0.3)
+        return (heads.weight[-1].norm() / raw.norm()).item()
+
+    generator = torch.Generator().manual_seed(1)
+    noisy = features() + 2 * torch.randn(24, 2, 5, generator=generator)
+    clear = features() + 50 * F.one_hot(LABELS, 5)[:, None]
+    heads = heads_for(LABELS, options)
+    heads.solve(clear, 0.3)
+    assert confidence(heads, clear) <= 1.001
+    heads = heads_for(LABELS, options)
+    heads.solve(noisy, 0.3)
+    before = confidence(heads, noisy)
+    heads.solve(clear, 0.3)
+    assert confidence(heads, clear) <= 1.001 * before and before < 0.9
+
+
 def test_every_class_is_dealt_evenly_and_every_image_left_out_once(options):
     heads = heads_for(LABELS, options, "--folds", "4")
     assert torch.equal(heads.targets[-1], LABELS)
