@@ -77,7 +77,7 @@ def test_views_are_the_same_in_workers_and_in_any_batch(options, own_images):
 
 
 @pytest.mark.parametrize("size", [["32", "32"], ["32", "70"]])
-def test_the_smallest_images_work(small_network, size, options):
+def test_the_smallest_images_work(size, options):
     """What remains of them is one pixel high, and its layout in memory is ambiguous."""
     assert call([*options, *ONE_EPOCH, "--img-size", *size]) == 0
 
