@@ -5,36 +5,52 @@
     python efficientnet_b3.py --fresh                start anew; the files of an earlier run are moved aside
     python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, a minute
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
-    ... --predict rose.jpg --checkpoint FILE         the same by another checkpoint than the run's best
 
-Stage 1 trains the classifier head on a frozen backbone; stage 2 fine-tunes the last feature blocks as well.
+Stage 1 trains the classifier head on a frozen backbone; stage 2 fine-tunes the last feature blocks as well; the report
+compares the two. The rooms of this file:
+
+    Configuration, Data, Model     all constants; how an image is augmented; EfficientNet-B3, cut in two
+    Frozen activations             the outputs of the frozen part, computed once
+    Heads, Training                what learns, and how: both stages and the refit
+    Decoding, Closed form          what these need: an image file as RGB; discriminant analysis
+    Fast passes, Activation files  inference in worker processes; its results on the disk
+    Files of a run                 checkpoints, and how a run goes on
+    Images and weights, Reports    what lies on the disk; figures, and frozen against fine-tuned
+    Prediction, Drawn flowers, Command line, Helpers
 """
 
+import linecache
 import os
-import signal
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers stall on a busy machine
-as_script = __name__ == "__main__" and "__file__" in globals()  # neither imported nor pasted into a notebook
-if as_script:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load needs no traceback
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, inherited, may be missing here
+# The code of this file is part of a run (see code_of). It is read before the libraries load, as it may be edited
+# meanwhile, and by linecache, which knows the cells of a notebook too; where nobody keeps the source it is empty.
+module_code = sys._getframe().f_code
+linecache.checkcache(module_code.co_filename)
+source = "".join(linecache.getlines(module_code.co_filename))
 
 import argparse
+import ast
 import copy
-import glob
+import errno
 import hashlib
-import inspect
 import io
 import json
+import marshal
 import math
+import multiprocessing
+import re
 import shutil
+import signal
 import socket
+import threading
 import time
 import warnings
-from collections import Counter, namedtuple
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections import namedtuple
+from contextlib import nullcontext, suppress
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -50,30 +66,28 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import classification_report, confusion_matrix, f1_score, recall_score
+from sklearn.model_selection import StratifiedKFold
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DataLoader
 from torchvision.datasets import Flowers102
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.models.efficientnet import EfficientNet_B3_Weights, MBConv, efficientnet_b3
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Names in capitals that are no constants; in a notebook that runs this twice, also those from further down.
-others = {name for name in globals() if name.isupper() and name.lower() not in globals().get("CONSTANTS", ())}
-
-# ---- Configuration ---------------------------------------------------------------------------------------
+# ---- Configuration ---------------------------------------------------------------------------------------------------
 
 # Data
 DATA_DIR = "data"  # Flowers-102 (downloaded if missing or empty), or own images in one folder per class
 IMG_SIZE = (300, 300)  # height and width in pixels
 CROP = 0.0  # training views are random crops of at least this share of an image; 0: whole images
 VIEWS = 8  # augmented views of each training image; epoch e trains on view (e - 1) mod VIEWS
+TRAIN_SPLITS = ("train",)  # what trains; train val: the final model, from all labelled images, nothing held out
+EVAL_SPLITS = ("val", "test")  # splits that the report covers, where there are images
 VAL_FRACTION = 0.2  # of own images without a folder val, the share of each class drawn for validation
 SKIP_UNREADABLE = False  # go on without images that cannot be read
-EVAL_SPLITS = ("val", "test")  # splits that the report covers, where there are images: val, test or both
 NUM_WORKERS = -1  # processes that work on images; -1: one per core, at most 16; 0: none but the main one
 
 # Model
@@ -82,6 +96,7 @@ UNFREEZE_LAST_BLOCKS = 2  # of the 9 feature blocks, how many stage 2 trains; 0:
 HEAD_INIT = "lda"  # the head's start: lda, linear discriminant analysis in closed form, or random
 SHRINKAGE = 0.3  # of lda's covariance matrix: near 0 as measured, 1 a multiple of the identity
 FOLDS = 5  # parts of the training images for cross-fitting and for the temperature
+BALANCE = False  # each class counts alike in all losses, however many images it has
 
 # Stage 1: the head on the frozen backbone
 EPOCHS_STAGE1 = 8  # passes over the training images
@@ -98,27 +113,24 @@ CLIP_NORM = 1.0  # longer gradients of the unfrozen blocks are shortened to this
 REFIT_HEAD = True  # end on the mean of the trained head and lda's on the fine-tuned features
 
 # Run
-BATCH_SIZE = 32  # training images per step; on a GPU, also images per inference pass
+BATCH_SIZE = 32  # training images per step
 SEED = 0  # of views, folds, order and noise: the same seed gives the same run
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
 AMP = True  # half precision: float16 on CUDA, bfloat16 on processors that have it
 RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files of the run
 OUT_DIR = "runs"  # folder of those files
+KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are removed
 
 CONSTANTS = {name.lower(): value for name, value in globals().items()
-             if name.isupper() and name not in others}
+             if name.isupper() and isinstance(value, (bool, int, float, str, tuple, list))}
 
-# ---- Data ------------------------------------------------------------------------------------------------
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 Transforms = namedtuple("Transforms", "resize augment centre normalize")
 
 
 def make_transforms(cfg):
-    """What an image goes through; an edit starts a new run.
-
-    `resize` once, then `augment` for a training view or `centre` for all else (PIL images); last, on the
-    device, `normalize` (uint8 [B, 3, H, W] to float32).
-    """
+    """PIL images: `resize` once, `augment` for a view to train on, `centre` for all else; batches: `normalize`."""
     # With crops, 320 pixels, of which validation sees the middle 300, as in torchvision's preset for B3.
     resize = v2.Resize(max(cfg.img_size) * 16 // 15 if cfg.crop else cfg.img_size)
     crop = [v2.RandomResizedCrop(cfg.img_size, scale=(cfg.crop, 1))] if cfg.crop else []
@@ -142,7 +154,12 @@ def load_views(path, index, num_views, cfg):
     return np.stack(images)
 
 
-# ---- Model -----------------------------------------------------------------------------------------------
+def mix_seed(*parts):
+    """One seed from several numbers and words: no two lists of parts share a random stream."""
+    return int(digest(parts)[:15], 16)
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
 
 
 def build_model(num_classes, state=None, seed=0):
@@ -154,56 +171,55 @@ def build_model(num_classes, state=None, seed=0):
     return model
 
 
-def split_model(model, blocks):
-    """The model's own layers up to the pooled features in two sequences, cut before its last `blocks` blocks.
-
-    The pooling ends the second one, or, if that has no blocks, the first: what comes out is [B, 1536].
-    """
+def split_model(model, num_blocks):
+    """The model's own layers up to the pooled features [B, 1536] in two sequences: the frozen part, the last blocks."""
     layers = nn.Sequential(*model.features, model.avgpool, nn.Flatten())
-    cut = len(model.features) - blocks if blocks else len(layers)
+    cut = len(model.features) - num_blocks if num_blocks else len(layers)
     return layers[:cut], layers[cut:]
 
 
-# ---- Frozen activations ----------------------------------------------------------------------------------
+# ---- Frozen activations ----------------------------------------------------------------------------------------------
 #
-# A frozen network is a fixed function: what it says about an image need be computed once, not in every epoch.
+# A frozen network is a fixed function: its output for an image need be computed once, not in every epoch.
 #
 #     image file --once--> decoded --once per view--> augmented --> frozen part --> activations, a file
 #     activations (232x10x10, 46 kB in half precision) --in every step--> unfrozen blocks --> head --> loss
 #
-# With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540,
-# each in a sixth of the time ("Fast passes" below). The next run, with other epochs or learning rates, finds
-# the file and computes none.
+# With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540, each in a
+# sixth of the time ("Fast passes" below). The next run, with other rates or epochs or another name, computes none.
 
-Inputs = namedtuple("Inputs", "tensor labels depends")  # activations or features [N, V, ...], int64 [N], ...
-
-
-def activations_once(name, split, frozen, cfg):
-    """Inputs of a split: what a Frozen backbone says of VIEWS views of each training image, or of others."""
-    num_views, seed = (cfg.views, cfg.seed) if name == "train" else (0, None)  # no draw decides the others
-    depends = [source_of(make_transforms), cfg.img_size, cfg.crop, num_views, seed, split.digest,
-               frozen.digest, str(cfg.dtype), cfg.device.type]
-    one = frozen(torch.zeros(1, 1, *cfg.img_size, 3, dtype=torch.uint8))
-    shape = (len(split.paths), max(1, num_views), *one.shape[2:])
-    batches = frozen_pass(frozen, split.paths, num_views, cfg)
-    return Inputs(compute_once(name, depends, shape, batches, cfg), split.labels, depends)
+Activations = namedtuple("Activations", "tensor labels fingerprint")  # [N, V, ...], int64 [N], hash of their origin
+NOT_FROZEN = frozenset(("Heads", "Closed form", "Training"))  # rooms of this file that decide no activations
 
 
-def features_once(name, blocks, inputs, cfg):
-    """Inputs of pooled features [N, V, D]: what the last blocks, a Frozen copy, say of activations."""
-    depends = [inputs.depends, blocks.digest]
-    batches = map(blocks, progress(inputs.tensor.split(64), len(inputs.tensor), "last blocks"))
-    shape = (*inputs.tensor.shape[:2], *blocks(inputs.tensor[:1, :1]).shape[2:])
-    return Inputs(compute_once(name, depends, shape, batches, cfg), inputs.labels, depends)
+def frozen_activations(table, frozen_part, num_views, cfg):
+    """What FrozenLayers give for `num_views` views of each image of a table, or, if 0, for the plain images."""
+    code = str(code_of(without=NOT_FROZEN))
+    unused = WITHOUT_EFFECT if num_views else {"seed", "views", *WITHOUT_EFFECT}  # no draw decides a plain image
+    # Of the constants, those count that this code reads, as cfg.name or by their own name.
+    constants = {name: getattr(cfg, name) for name in CONSTANTS
+                 if re.search(rf"\bcfg\.{name}\b|\b{name.upper()}\b", code) and name not in unused}
+    fingerprint = digest([code, constants, num_views, table.sha256.tolist(), frozen_part.digest])
+    files = list(enumerate(table.path))
+    compute = lambda done: outputs_of_files(frozen_part, files[done:], num_views, cfg)
+    tensor = compute_once(fingerprint, len(files), compute, cfg)
+    return Activations(tensor, torch.tensor(table.label.tolist()), fingerprint)
 
 
-# ---- Heads -----------------------------------------------------------------------------------------------
+def pooled_features(activations, blocks, cfg):
+    """The pooled features [N, V, D] that the last blocks, as FrozenLayers, make of activations."""
+    fingerprint, tensor = digest([activations.fingerprint, blocks.digest]), activations.tensor
+    compute = lambda done: map(blocks, progress(tensor[done:].split(64), "last blocks"))
+    return Activations(compute_once(fingerprint, len(tensor), compute, cfg), activations.labels, fingerprint)
+
+
+# ---- Heads -----------------------------------------------------------------------------------------------------------
 #
-# Ten images per class are few: a head soon knows its training images by heart, and its loss on them says
-# nothing of other images. So FOLDS + 1 heads are trained side by side: head k never sees the images of fold
-# k, the last one sees all and goes into the model. What a head says of images that it has not seen sets the
-# temperature, and the unfrozen blocks learn from it (cross-fitting, Chernozhukov et al., 2018). On a frozen
-# backbone that is as honest as validation; blocks that are trained have seen those images themselves.
+# Ten images per class are few: a head soon knows its training images by heart, and its loss on them says nothing of
+# other images. So FOLDS + 1 heads are trained side by side: head k never sees the images of fold k, the last one sees
+# all and goes into the model. The outputs of heads for images that they have not seen set the temperature, and the
+# unfrozen blocks learn from them (cross-fitting, Chernozhukov et al., 2018). On a frozen backbone that is as honest as
+# validation; blocks that are trained have seen those images themselves.
 
 
 class Heads(nn.Module):
@@ -211,126 +227,114 @@ class Heads(nn.Module):
 
     def __init__(self, linear, labels, cfg):
         super().__init__()
-        generator = torch.Generator().manual_seed(mix_seed(cfg.seed, "folds"))
-        order = torch.randperm(len(labels), generator=generator)
-        dealt = order[labels[order].argsort(stable=True)]  # class by class, as one deals cards
-        folds = torch.empty_like(labels)
-        folds[dealt] = torch.arange(len(labels)) % cfg.folds
-        folds[labels.bincount()[labels] == 1] = cfg.folds  # every head needs a class's only image
-        may_see = folds != torch.arange(cfg.folds + 1)[:, None]
-        targets = labels.where(may_see, -100)  # which cross_entropy ignores
-        targets[-1] = labels
-        self.labels, self.folds, self.targets = (part.to(cfg.device) for part in (labels, folds, targets))
-        self.judges = self.folds if cfg.cross_fit else torch.full_like(self.folds, cfg.folds)
+        unseen_by, counts = deal_folds(labels, cfg), labels.bincount()
+        teacher = unseen_by if cfg.cross_fit else torch.full_like(labels, cfg.folds)
+        targets = labels.where(unseen_by != torch.arange(cfg.folds + 1)[:, None], -100)  # which cross_entropy ignores
+        targets[-1] = labels  # the last head sees all
+        class_weight = len(labels) / len(counts) / counts if cfg.balance else torch.ones(len(counts))
+        self.labels, self.unseen_by, self.teacher, self.targets, self.class_weight = (
+            part.to(cfg.device) for part in (labels, unseen_by, teacher, targets, class_weight))
         self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
-        self.register_buffer("sharpest", torch.tensor(0.0))  # log of the largest factor that `solve` may take
+        self.register_buffer("log_scale", torch.tensor(0.0))  # of the last fit_closed_form; the next may not exceed it
 
-    def loss(self, features, images):
-        """The loss of the heads: the cross-entropy of each on those images that it may see, summed."""
-        logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
-        targets = self.targets[:, images]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(images)
+    def logits(self, features, heads):
+        """Logits [B, classes] where head number heads[i] classifies image i.
 
-    def judge(self, features, which):
-        """For the loss of the blocks: logits [B, classes], where head number which[i] judges image i."""
+        Gradients go to the features alone: else a head would learn, by the blocks' loss, from images it must not see.
+        """
         logits = torch.einsum("bd,kcd->kbc", features, self.weight.detach()) + self.bias.detach()[:, None]
-        return logits[which, torch.arange(len(which))]
+        return logits[heads, torch.arange(len(heads))]
 
-    def judge_all(self, features, which):
-        """The same for one view of each image of features [N, V, D]: logits [N, classes] on the CPU."""
+    def logits_of_one_view(self, features, heads):
+        """The same for one view of each image of features [N, V, D]: logits [N, classes]."""
         parts = torch.arange(len(features)).split(512)
         views = (features[images, images % features.shape[1]].to(self.weight) for images in parts)
-        return torch.cat([self.judge(view, which[images]) for view, images in zip(views, parts)]).cpu()
+        return torch.cat([self.logits(view, heads[images]) for view, images in zip(views, parts)])
+
+    def loss(self, features, images):
+        """The teachers' logits, and the sum of two losses: theirs, for the blocks; each head's, on what it may see."""
+        teachers = self.logits(features, self.teacher[images])
+        logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
+        cross_entropy = partial(F.cross_entropy, weight=self.class_weight, reduction="sum")
+        loss = cross_entropy(teachers, self.labels[images])
+        loss = loss + cross_entropy(logits.flatten(0, 1), self.targets[:, images].flatten())
+        return teachers, loss / len(images)
 
     @torch.no_grad()
-    def solve(self, features, shrinkage):
-        """Set all heads in closed form: discriminant analysis of the features [N, V, D], and one temperature.
+    def fit_closed_form(self, features, shrinkage):
+        """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale.
 
-        As such heads are too confident, their logits are scaled by the factor that gives the lowest
-        cross-entropy on left-out images (temperature scaling: Guo et al., 2017). Blocks that are fine-tuned
-        have seen those images, and may get all of them right: the first factor, of frozen ones, is a limit.
+        The scale gives the lowest loss on left-out images (temperature scaling: Guo et al., 2017). Blocks that are
+        fine-tuned have seen those, and may get all of them right; so it is never larger than on the frozen backbone.
         """
-        last, classes = len(self.bias) - 1, self.bias.shape[1]
-        parts = [moments(features, self.labels, (self.folds == fold).nonzero()[:, 0], classes)
-                 for fold in range(last + 1)]
-        total = [sum(part) for part in zip(*parts)]
-        for head, left_out in enumerate([*parts[:-1], (0, 0, 0)]):
-            seen = [whole - part for whole, part in zip(total, left_out)]
-            self.weight[head], self.bias[head] = discriminant(*seen, shrinkage)
-        logits = self.judge_all(features, self.folds)
-        targets = self.labels.where(self.folds < last, -100).cpu()  # those that a head has not seen
-        best = minimize_scalar(
-            lambda log: F.cross_entropy(logits * math.exp(log), targets, reduction="sum").item(),
-            bounds=(-10, self.sharpest.item()), method="bounded")
-        self.sharpest.fill_(best.x)
+        num_heads, smoothing = len(self.bias), 0.0
+        weight, bias = discriminants(features, self.labels, self.unseen_by, self.class_weight, num_heads, shrinkage)
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        logits, left_out = self.logits_of_one_view(features, self.unseen_by), self.unseen_by < num_heads - 1
+        if not left_out.any():  # any confidence fits images that all heads have seen
+            print("note       one image per class leaves none to calibrate the probabilities by: they stay near 90 %")
+            left_out, smoothing = ~left_out, 0.1
+        loss = lambda log_scale: F.cross_entropy(logits[left_out] * math.exp(log_scale), self.labels[left_out],
+                                                 self.class_weight, label_smoothing=smoothing).item()
+        self.log_scale.fill_(minimize_scalar(loss, bounds=(-10, self.log_scale.item()), method="bounded").x)
         for parameter in self.parameters():
-            parameter.mul_(math.exp(best.x))
+            parameter.mul_(self.log_scale.exp())
 
 
-def discriminant(counts, sums, products, shrinkage):
-    """Linear discriminant analysis (Fisher, 1936), shrunk covariance: weights [classes, D], bias [classes].
-
-    From `moments` it makes what scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...) makes
-    many times slower, with all features in memory and one covariance per class.
-    """
-    means = sums / counts[:, None].clamp_min(1)
-    covariance = (products - means.T @ sums) / counts.sum()
-    alike = covariance.diagonal().mean().clamp_min(1e-9) * torch.eye(len(covariance))
-    weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * alike, means.T).T
-    return weight, (counts / counts.sum()).log() - (weight * means).sum(1) / 2
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
-# ---- Training --------------------------------------------------------------------------------------------
+def train(model, blocks, activations, run, cfg):
+    """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
+    heads, rows = Heads(model.classifier[1], activations["train"].labels, cfg), len(run["history"])
+    if rows:
+        heads.load_state_dict(run["trainer"]["heads"])
 
-
-def train(blocks, inputs, run, cfg):
-    """Train both stages, from the beginning or from where `run` stands; `blocks` are its model's last."""
-    heads = Heads(run.model.classifier[1], inputs["train"].labels, cfg)
-    if run.trainer:
-        heads.load_state_dict(run.trainer["heads"])
-
-    # Stage 1. The last blocks stand still too: what they say is computed once, and the heads learn from it.
-    if len(run.history) <= cfg.epochs_stage1:
-        frozen = Frozen(blocks, cfg)
-        features = {split: features_once(f"features_{split}", frozen, inputs[split], cfg)
-                    for split in ("train", "val")}
-        if not run.history and cfg.head_init == "lda":
-            heads.solve(features["train"].tensor, cfg.shrinkage)
-        train_stage(1, nn.Sequential(), heads, features, run, cfg)
+    # Stage 1. The last blocks stand still too: their outputs are computed once, and the heads learn from them.
+    if rows <= cfg.epochs_stage1:
+        start = time.perf_counter()
+        frozen_blocks, no_blocks = FrozenLayers(blocks, cfg), nn.Sequential()
+        features = {split: pooled_features(part, frozen_blocks, cfg) for split, part in activations.items()}
+        if not rows:
+            if cfg.head_init == "lda":
+                heads.fit_closed_form(features["train"].tensor, cfg.shrinkage)
+            end_epoch({"stage": 1, "epoch": 0}, start, model, no_blocks, {"heads": heads}, features, run, cfg)
+        train_stage(1, range(1, cfg.epochs_stage1 + 1), cfg.lr_stage1, model, no_blocks, heads, features, run, cfg)
 
     # Stage 2. The last blocks learn as well.
-    train_stage(2, blocks, heads, inputs, run, cfg)
+    epochs = range(cfg.epochs_stage1 + 1, cfg.epochs_stage1 + cfg.epochs_stage2 + 1)
+    train_stage(2, epochs, cfg.lr_stage2, model, blocks, heads, activations, run, cfg)
+
+    # The refit: the mean of the trained heads and of ones in closed form is a linear head too, here a better one.
+    if cfg.refit_head and len(epochs) and len(blocks) and run["history"][-1]["epoch"] != "refit":
+        start, fitted = time.perf_counter(), copy.deepcopy(heads)
+        inputs = activations | {"train": pooled_features(activations["train"], FrozenLayers(blocks, cfg), cfg)}
+        fitted.fit_closed_form(inputs["train"].tensor, cfg.shrinkage)
+        with torch.no_grad():
+            for trained, other in zip(heads.parameters(), fitted.parameters()):
+                trained.lerp_(other, 0.5)
+        end_epoch({"stage": 2, "epoch": "refit"}, start, model, blocks, {"heads": heads}, inputs, run, cfg)
 
 
-def train_stage(stage, blocks, heads, inputs, run, cfg):
-    """Train the heads and `blocks` on `inputs` for the epochs of a stage that `run` has not had."""
-    first, epochs, rate = ((1, cfg.epochs_stage1, cfg.lr_stage1) if stage == 1 else
-                           (1 + cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage2))
-    # Each stage has an optimizer of its own: Adam's averages of stage 1 say nothing of stage 2.
+def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
+    """Train the heads and `blocks` on `inputs`, Activations by split, in those `epochs` that the run has not had."""
+    # Each stage has an optimizer of its own: Adam's averages of stage 1 mean nothing in stage 2.
     optimizer = torch.optim.Adam(parameter_groups(blocks, heads, rate, cfg))
-    scheduler = PolynomialLR(optimizer, max(1, epochs))  # of power 1: a straight line to 0
+    scheduler = PolynomialLR(optimizer, max(1, len(epochs)))  # of power 1: a straight line to 0
     # The usual first scale of 65,536 overflows at first, and stage 2 has no steps to lose.
     scaler = torch.amp.GradScaler(cfg.device.type, init_scale=1024, enabled=cfg.dtype == torch.float16)
-    trainer = {"heads": heads, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    if len(run.history) > first:
-        for name, part in trainer.items():
-            part.load_state_dict(run.trainer[name])
-    for epoch in range(len(run.history), first + epochs):
-        if epoch == 0:  # the heads as they start, before any gradient
-            rates, logits = [0.0], heads.judge_all(inputs["train"].tensor, heads.judges)
-            result = scores("train", logits, inputs["train"].labels)
-        else:
-            rates = scheduler.get_last_lr()  # the heads', then the blocks'
-            result = train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
-            scheduler.step()
-        if epoch == cfg.epochs_stage1 + cfg.epochs_stage2 and len(blocks) and cfg.refit_head:
-            refit(heads, blocks, inputs["train"], cfg)
-        # The head of all images goes into the model.
-        run.model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})
-        logits = predict_logits(blocks, run.model.classifier, inputs["val"].tensor, cfg)
+    parts = {"heads": heads, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    left = range(max(epochs.start, len(run["history"])), epochs.stop)  # row e of the history is epoch e
+    for name, part in parts.items() if 0 < len(left) < len(epochs) else ():  # the run was stopped in this stage
+        part.load_state_dict(run["trainer"][name])
+    for epoch in left:
+        start, rates = time.perf_counter(), scheduler.get_last_lr()  # the heads', then the blocks'
         row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
-        run.add_epoch(row | result | scores("val", logits, inputs["val"].labels), trainer)
+        row |= train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
+        scheduler.step()
+        end_epoch(row, start, model, blocks, parts, inputs, run, cfg)
 
 
 def parameter_groups(blocks, heads, rate, cfg):
@@ -347,35 +351,40 @@ def parameter_groups(blocks, heads, rate, cfg):
 
 def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
     """One pass over one view of each image, in random order; returns the training loss and accuracy."""
-    for module in blocks.modules():  # BatchNorm keeps its statistics: a batch of 32 would estimate worse ones
+    for module in blocks.modules():  # but not BatchNorm: a batch of 32 would estimate worse statistics
         module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
-    batches, all_logits, skipped = torch.randperm(len(views)).split(cfg.batch_size), [], 0
-    for number, images in enumerate(progress(batches, len(views), f"epoch {epoch}"), 1):
+    batches, all_logits = torch.randperm(len(views)).split(cfg.batch_size), []
+    for number, images in enumerate(progress(batches, f"epoch {epoch}"), 1):
         activations, images = views[images, (epoch - 1) % views.shape[1]], images.to(cfg.device)
         with torch.autocast(cfg.device.type, cfg.dtype, enabled=cfg.dtype != torch.float32):
             features = blocks(activations.to(cfg.device)).float()
-        logits = heads.judge(features, heads.judges[images])
-        # The blocks' loss, and the heads' own; in stage 1 the former has nothing to teach.
-        loss = F.cross_entropy(logits, heads.labels[images]) + heads.loss(features, images)
+        logits, loss = heads.loss(features, images)
         if not torch.isfinite(loss):
-            raise RunError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower LR_STAGE1, "
-                           "LR_STAGE2 or BLOCKS_LR_FACTOR, or set AMP to False; earlier epochs are saved")
+            raise UserError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower the learning rates, or "
+                            "set AMP to False; earlier epochs are saved")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         # Adam makes long steps of short gradients too; clipping keeps odd batches from shaping its averages.
         nn.utils.clip_grad_norm_(list(blocks.parameters()), cfg.clip_norm)
         scaler.step(optimizer)
-        scale = scaler.get_scale()
         scaler.update()
-        skipped += scaler.get_scale() < scale  # in float16, a gradient has overflowed
         all_logits.append(logits.detach())
-    if skipped:
-        print(f"epoch {epoch}: {skipped} of {len(batches)} steps skipped, as gradients overflow in float16")
-    if skipped == len(batches):
-        raise RunError(f"no step of epoch {epoch} counts: set AMP to False; earlier epochs are saved")
     return scores("train", torch.cat(all_logits), heads.labels[torch.cat(batches).to(cfg.device)])
+
+
+def end_epoch(row, start, model, blocks, parts, inputs, run, cfg):
+    """Complete a row of the history, and save it with the model and the states of all parts that train it."""
+    heads = parts["heads"]
+    if "train_loss" not in row:  # epoch 0 or the refit: inputs["train"] are pooled features
+        logits = heads.logits_of_one_view(inputs["train"].tensor, heads.teacher)
+        row |= {"lr_head": 0.0, "lr_blocks": 0.0} | scores("train", logits, heads.labels)
+    model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})  # the head of all images
+    row |= {"val_loss": None, "val_acc": None}
+    if "val" in inputs:
+        row |= scores("val", predict_logits(blocks, model.classifier, inputs["val"].tensor, cfg), inputs["val"].labels)
+    save_epoch(row | {"seconds": time.perf_counter() - start}, model, parts, run, cfg)
 
 
 def scores(split, logits, labels):
@@ -384,182 +393,324 @@ def scores(split, logits, labels):
             f"{split}_acc": (logits.argmax(1) == labels).float().mean().item()}
 
 
-@torch.no_grad()
-def refit(heads, blocks, inputs, cfg):
-    """Solve the heads on the features of the fine-tuned blocks and take the mean with the trained heads.
-
-    Both classify the same features; the mean of two linear heads is a linear head, here a better one.
-    """
-    solved = copy.deepcopy(heads)
-    solved.solve(features_once("refit", Frozen(blocks, cfg), inputs, cfg).tensor, cfg.shrinkage)
-    for trained, other in zip(heads.parameters(), solved.parameters()):
-        trained.lerp_(other, 0.5)
+def best_row(history):
+    """The row with the highest validation accuracy; of equals, the lowest loss, then the first; the last without it."""
+    if history[-1]["val_acc"] is None:
+        return history[-1]
+    return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
 
 
 @torch.no_grad()
-def predict_logits(blocks, head, activations, cfg):
+def predict_logits(blocks, classifier, activations, cfg):
     """Logits float32 [N, classes], on the CPU, of the first view of each of the activations [N, V, ...]."""
-    features = map(Frozen(blocks, cfg), activations[:, :1].split(64))
-    return torch.cat([head(part[:, 0].float().to(cfg.device)).cpu() for part in features])
+    features = map(FrozenLayers(blocks, cfg), activations[:, :1].split(512))
+    return torch.cat([classifier(part[:, 0].float().to(cfg.device)).cpu() for part in features])
 
 
-# ---- Fast passes through frozen layers -------------------------------------------------------------------
+# ---- Decoding --------------------------------------------------------------------------------------------------------
+
+
+def load_image(path):
+    """An image file as upright RGB, transparency on white; UserError names the file and why it is not read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
+        try:
+            image = Image.open(path)
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
+            raise UserError(f"{path}: {one_line(error)}") from None
+        with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
+            image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F"):
+            raise UserError(f"{path}: its pixels have 32 bits (mode {image.mode}), and nothing says which are white")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+# ---- Closed form -----------------------------------------------------------------------------------------------------
+
+
+def deal_folds(labels, cfg):
+    """The head that never sees an image, int64 [N]: one of FOLDS, or for a class's only image the last, which does."""
+    unseen_by, counts = torch.full_like(labels, cfg.folds), labels.bincount()
+    shared = (counts[labels] > 1).nonzero()[:, 0]
+    if len(shared):
+        folds = StratifiedKFold(min(cfg.folds, counts.max().item()), shuffle=True,
+                                random_state=mix_seed(cfg.seed, "folds") % 2**32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes with fewer images than folds, which does no harm
+            for head, (_, left_out) in enumerate(folds.split(shared, labels[shared])):
+                unseen_by[shared[left_out]] = head
+    return unseen_by
+
+
+def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkage):
+    """Linear discriminant analyses (Fisher, 1936), shrunk covariance: weights [heads, classes, D], biases.
+
+    Head k leaves out the images that unseen_by (int64 [N]) calls k, the last head none. The sums over these groups of
+    features [N, V, D] are taken once, and add up to those of all heads. It makes what scikit-learn's
+    LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...) makes many times slower, with all features in memory.
+    """
+    (_, views, width), classes = features.shape, len(class_weight)
+    sums_by_head = [torch.zeros(num_heads, *shape).double() for shape in ((classes,), (classes, width), (width, width))]
+    for head in range(num_heads):
+        for images in (unseen_by == head).nonzero()[:, 0].split(512):  # all features may be larger than the memory
+            rows = features[images.cpu()].to(class_weight).flatten(0, 1)
+            targets = (F.one_hot(labels[images], classes) * class_weight).repeat_interleave(views, dim=0)
+            sums = targets.sum(0), targets.T @ rows, rows.T @ (rows * targets.sum(1, keepdim=True))
+            for total, part in zip(sums_by_head, sums):
+                total[head] += part.cpu()
+    weights, biases = [], []
+    for head in range(num_heads):
+        counts, sums, products = (
+            total.sum(0) - total[head] * (head < num_heads - 1) for total in sums_by_head)
+        means = sums / counts[:, None].clamp_min(1e-9)
+        covariance = (products - means.T @ sums) / counts.sum()
+        identity = covariance.diagonal().mean().clamp_min(1e-9) * torch.eye(width)
+        weights.append(torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * identity, means.T).T)
+        biases.append((counts / counts.sum()).log() - (weights[-1] * means).sum(1) / 2)
+    return torch.stack(weights), torch.stack(biases)
+
+
+# ---- Fast passes -----------------------------------------------------------------------------------------------------
 #
 # As the weights are fixed, a pass takes a sixth of the plain time: BatchNorm folded into the convolutions,
-# channels_last, half precision, few images at a time so that they stay in a processor's cache, and one
-# process per core.
+# channels_last, half precision, few images at a time so that they stay in a processor's cache, and one process per
+# core. A GPU takes many images at a time, which all processes prepare.
 
 
-class Frozen:
-    """A copy, in its fastest form, of layers that stand still."""
+class FrozenLayers:
+    """A copy of layers that stand still, in the form that is fastest for inference."""
 
     def __init__(self, layers, cfg):
-        self.digest = digest(layers.state_dict())
+        self.digest = digest([layers.state_dict(), str(cfg.dtype), cfg.device.type])
         layers = copy.deepcopy(layers).eval()
         for module in layers.modules():
             if isinstance(module, Conv2dNormActivation):
                 conv, norm, *_ = module
                 module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
             if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
-                module.forward = average_pool
+                module.forward = partial(torch.mean, dim=(2, 3), keepdim=True)  # 30 times faster in half precision
         self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
         self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
-        self.batch_size = 4 if cfg.device.type == "cpu" else cfg.batch_size
+        self.batch_size = 4 if cfg.device.type == "cpu" else 128
 
     @torch.no_grad()
     def __call__(self, views):
         """Outputs [B, V, ...], on the CPU, of activations [B, V, C, h, w] or images uint8 [B, V, H, W, 3]."""
-        outputs, size = [], self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
-        for part in views.flatten(0, 1).split(size):
-            part = part.to(self.device)
+        batch, outputs, first = views.flatten(0, 1), [], 0
+        while first < len(batch):
+            size = self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
+            part = batch[first:first + size].to(self.device)
+            if len(batch) > 1 and self.device.type != "cpu":  # always one size: a GPU needs seconds for each new shape
+                part = torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])])
             if part.dtype == torch.uint8:
                 part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
-            outputs.append(self.layers(part.to(self.dtype)))
-        outputs = torch.cat(outputs).cpu().clone(memory_format=torch.contiguous_format)
-        return outputs.unflatten(0, views.shape[:2])
+            try:
+                outputs.append(self.layers(part.to(self.dtype))[:len(batch) - first].cpu())
+                first += size
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+        return torch.cat(outputs).clone(memory_format=torch.contiguous_format).unflatten(0, views.shape[:2])
 
 
-def average_pool(maps):
-    """What pooling to one value per channel says, in half precision on a CPU up to 30 times faster."""
-    return F.avg_pool2d(maps, maps.shape[2:])
+def outputs_of_files(layers, files, num_views, cfg):
+    """Yield the outputs [B, V, ...] of FrozenLayers for image files, a list of (index, path), in order."""
+    on_cpu, start = cfg.device.type == "cpu", time.monotonic()
+    size = max(1, layers.batch_size // max(1, num_views))
+    batches = [files[first:first + size] for first in range(0, len(files), size)]
+    work = partial(batch_of_views, num_views=num_views, layers=layers if on_cpu else None, cfg=cfg)
+    for batch in progress(map_batches(work, batches, cfg), "frozen part"):
+        yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))
+    print(f"frozen     part: {len(files):,} images, {max(1, num_views)} views each, {time.monotonic() - start:.0f} s")
 
 
-def frozen_pass(frozen, paths, num_views, cfg):
-    """Send image files through `frozen`: yields outputs [B, V, ...]."""
-    # A GPU is fed by all processes; processors are busiest when each one takes its images all the way.
-    on_cpu, size = cfg.device.type == "cpu", max(1, frozen.batch_size // max(1, num_views))
-    work = partial(batch_of_views, num_views=num_views, frozen=frozen if on_cpu else None, cfg=cfg)
-    for batch in progress(map_batches(work, list(enumerate(paths)), size, cfg), len(paths), "frozen part"):
-        if isinstance(batch, str):
-            raise RunError(f"cannot read {batch}: mend or remove it, and run the same command again")
-        yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else frozen(torch.from_numpy(batch))
-
-
-def batch_of_views(items, num_views, frozen, cfg):
-    """Views of files, (index, path), or what `frozen` says of them, as bytes; or why one cannot be read."""
-    try:
-        batch = np.stack([load_views(path, index, num_views, cfg) for index, path in items])
-    except UserError as error:
-        return str(error)
+def batch_of_views(files, num_views, layers, cfg):
+    """Views of files, (index, path), as uint8 [B, V, H, W, 3], or the bytes of what `layers` make of them."""
+    batch = np.stack([load_views(path, index, num_views, cfg) for index, path in files])
     # NumPy arrays go through a pipe; tensors would need shared memory, which containers are short of.
-    return frozen(torch.from_numpy(batch)).view(torch.uint8).numpy() if frozen else batch
+    return layers(torch.from_numpy(batch)).view(torch.uint8).numpy() if layers else batch
 
 
-def map_batches(work, items, batch_size, cfg):
-    """work(batch) for all batches of a list, in order, done by worker processes if there are enough."""
+def map_batches(work, batches, cfg):
+    """work(batch) for all batches of a list, in order, done by worker processes."""
     # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
-    fork = sys.platform == "linux"
-    workers = min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
-    workers = min(workers, len(items) // batch_size) if fork or "__file__" in globals() else 0
-    return DataLoader(items, batch_size, num_workers=workers, collate_fn=work, worker_init_fn=ignore_sigint,
-                      multiprocessing_context="fork" if fork and workers else None)
+    fork, workers = sys.platform == "linux", min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
+    workers = min(workers, len(batches) // 2) if fork or "__file__" in globals() else 0
+    # A list is a data set too. With batch_size None, collate_fn is called with each of its items, by a worker.
+    loader = DataLoader(batches, batch_size=None, collate_fn=work, num_workers=workers,
+                        worker_init_fn=partial(start_worker, digest(source)),
+                        multiprocessing_context="fork" if fork and workers else None)
+    try:
+        return iter(loader)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot start worker processes ({one_line(error)}): set --num-workers 0") from None
 
 
-def ignore_sigint(_worker):
-    """Ctrl-C reaches every process of a terminal; only the main one answers, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_worker(expected, _number):
+    """What each worker process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the main process, which ends its workers
+    # If that one is killed, a worker would wait for ever for somebody to read its results.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if digest(source) != expected:
+        raise UserError("the program was edited while it ran, and new workers have the new code: start it again")
 
 
-# ---- Checkpoints and files of a run ----------------------------------------------------------------------
-
-RUN_FILES = ("best.pth", "last.pth", "loss.png", "acc.png", "confusion_matrix.png", "mistakes.png",
-             "report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json")
-WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", "num_workers", "weights",
-                  "device", "amp", "run_name", "out_dir"}  # weights, images and precision count as they are
+# ---- Activation files ------------------------------------------------------------------------------------------------
 
 
-class Run:
-    """A run as it stands on the disk: configuration, model, epochs so far, the states of all that trains."""
+def compute_once(fingerprint, rows, compute, cfg):
+    """A memory-mapped tensor of so many rows, [N, V, ...], which `compute` yields in parts.
 
-    def __init__(self, model, data, cfg):
-        """Take up this very run after its last whole epoch, or move the files of another one aside."""
-        images = [(data.splits[split].digest, data.splits[split].labels) for split in ("train", "val")]
-        self.config = {name: getattr(cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT} | {
-            "class_names": data.class_names, "transforms": source_of(make_transforms),
-            "images": digest(images), "weights": digest(model.features.state_dict()),
-            "device_type": cfg.device.type, "precision": str(cfg.dtype)}
-        self.cfg, self.model, self.history, self.trainer = cfg, model, [], None
-        self.epoch_start = time.perf_counter()
+    They stand in OUT_DIR/activations/FINGERPRINT.bin, for all runs; a .json beside it holds their shape, and how many
+    of them are surely on the disk: a pass that was killed goes on with compute(that many).
+    """
+    path = Path(cfg.out_dir, "activations", fingerprint[:32] + ".bin")
+    note = path.with_suffix(".json")
+    with FileLock(path.with_suffix(".lock")), open(path, "ab") as file:  # another run that needs the same rows waits
+        known = json.loads(note.read_text()) if note.exists() else {"rows": 0, "row_bytes": 0}
+        if file.tell() < known["rows"] * known["row_bytes"]:
+            known["rows"] = file.tell() // known["row_bytes"] // 128 * 128  # in batches as they were
+        # Written, not mapped: on a full disk a write raises an error, but a mapped file kills the process.
+        file.truncate(known["rows"] * known["row_bytes"])
+        noted = time.monotonic()
+        for part in compute(known["rows"]) if known["rows"] < rows else ():
+            known |= {"shape": (rows, *part.shape[1:]), "row_bytes": part[0].nbytes}
+            if (need := (rows - known["rows"]) * known["row_bytes"]) > shutil.disk_usage(path.parent).free:
+                raise UserError(f"no room for {need / 1e9:.1f} GB of activations in {path.parent}: lower VIEWS or "
+                                "UNFREEZE_LAST_BLOCKS, or set --out-dir")
+            file.write(part.view(torch.uint8).numpy())
+            known["rows"] += len(part)
+            if time.monotonic() - noted > 5 or known["rows"] == rows:
+                file.flush()
+                os.fsync(file.fileno())  # before the note that says so
+                write_file(note, json.dumps(known))
+                noted = time.monotonic()
+    os.utime(path)  # those used last are kept longest
+    tensor = torch.from_file(str(path), shared=False, size=math.prod(known["shape"]), dtype=cfg.dtype)
+    return tensor.view(known["shape"])
+
+
+def remove_old_activations(in_use, cfg):
+    """Remove what has not been used for longest beyond KEEP_GB, but nothing while another run is going on here."""
+    for path in Path(cfg.out_dir).glob(".*.lock"):
         try:
-            last, best = (load_checkpoint(run_file(cfg, name)) for name in ("last.pth", "best.pth"))
-            changed = {key for old in (last["config"], best["config"]) for key in old | self.config
-                       if old.get(key) != self.config.get(key)}
-            reason = f"changed: {listing(sorted(changed), 9)}" if changed else "--fresh" if cfg.fresh else ""
-        except UserError as error:
-            reason = error
-        if not reason:
-            self.history, self.trainer = last["history"], last["trainer"]
-            model.load_state_dict(last["model"])
-        elif files := [path for path in (run_file(cfg, name) for name in RUN_FILES) if path.exists()]:
-            number = 1
-            while (old := run_file(cfg, f"old{number}")).exists():
-                number += 1
-            old.mkdir()
-            for file in files:
-                file.rename(old / file.name)
-            print(f"new run    {reason}; to go back, move the files in {old} back and repeat their command")
-        print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
-        for end in range(len(self.history)):
-            print_epoch(self.history[:end + 1])
+            with FileLock(path, timeout=0) if path.name != f".{cfg.run_name}.lock" else nullcontext():
+                pass
+        except Timeout:
+            return
+    files = sorted(Path(cfg.out_dir, "activations").glob("*.bin"),
+                   key=lambda path: (path.stem not in in_use, -path.stat().st_mtime))
+    for path, total in zip(files, np.cumsum([path.stat().st_size for path in files])):
+        if total > cfg.keep_gb * 1e9 and path.stem not in in_use:
+            for part in (path.with_suffix(".json"), path, path.with_suffix(".lock")):
+                part.unlink(missing_ok=True)
 
-    def add_epoch(self, row, trainer):
-        """Save the model and the states of the parts of `trainer` after an epoch, and tell of it."""
-        self.history.append(row | {"seconds": time.perf_counter() - self.epoch_start})
-        self.epoch_start = time.perf_counter()
-        best = best_epoch(self.history)
-        checkpoint = {"model": {key: value.cpu() for key, value in self.model.state_dict().items()},
-                      "config": self.config, "history": self.history, "best_accuracy": best["val_acc"]}
-        if best is self.history[-1]:  # first: a run killed in between repeats the epoch, to the same bits
-            write_file(run_file(self.cfg, "best.pth"), checkpoint)
-        # The last one holds all that the next epoch depends on, besides what is drawn from SEED and epoch.
-        states = {name: part.state_dict() for name, part in trainer.items()}
-        write_file(run_file(self.cfg, "last.pth"), checkpoint | {"trainer": states})
-        print_epoch(self.history)
-        draw_curves(self.history, self.cfg)
+
+# ---- Files of a run --------------------------------------------------------------------------------------------------
+
+RUN_FILES = {"best.pth", "last.pth", "frozen.pth", "loss.png", "acc.png", "report.txt", "metrics.json", "history.csv",
+             "predictions.csv", "config.json"} | {
+    f"{figure}{split}.png" for split in ("", "_val", "_test")
+    for figure in ("confusion_matrix", "mistakes", "frozen_vs_fine_tuned")}
+# Constants that decide no result, or that count as what they lead to: images, weights, device, precision.
+WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", "num_workers", "weights", "device",
+                  "amp", "run_name", "out_dir", "keep_gb"}
+
+
+def take_up_run(model, data, cfg):
+    """The run as it stands in its last.pth, a dict; the files of a run that differs in anything are moved aside."""
+    images = [table[["sha256", "label"]].values.tolist() for name, table in data.tables.items() if name != "test"]
+    config = {name: getattr(cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT} | {
+        "folders": data.folders, "images": digest(images), "weights": digest(model.features.state_dict()),
+        "device_type": cfg.device.type, "precision": str(cfg.dtype)} | {
+        f"code of {name}": digest(text)[:16] for name, text in code_of().items()}
+    # Beside its last model it holds the best one, and the best one of stage 1, each with the number of rows up to it.
+    run = {"model": {key: value.cpu().clone() for key, value in model.state_dict().items()}, "config": config,
+           "class_names": data.class_names, "history": [], "trainer": None, "best": None, "frozen": None}
+    try:
+        last = load_checkpoint(run_file(cfg, "last.pth"), run)
+        changed = sorted(key for key in config | last["config"] if config.get(key) != last["config"].get(key))
+        reason = f"changed: {listing(changed, 9)}" if changed else "--fresh" if cfg.fresh else ""
+        reason += " (--no-amp from the start keeps one precision)" * ("precision" in changed)
+    except UserError as error:
+        reason = str(error)
+    if not reason:
+        run = last | {"class_names": data.class_names}
+        model.load_state_dict(run["model"])
+        export_models(run, ("best", "frozen"), cfg)
+    elif files := [file for file in (run_file(cfg, name) for name in RUN_FILES) if file.exists()]:
+        old = next(path for number in count(1) if not (path := run_file(cfg, f"old{number}")).exists())
+        old.mkdir()
+        for file in files:
+            file.rename(old / file.name)
+        print(f"new run    {reason}; to go back, move the files in {old} back and repeat their command")
+    constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
+    write_output(run_file(cfg, "config.json"), json.dumps(constants | config, indent=1) + "\n")
+    print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
+    for end in range(len(run["history"])):
+        print_epoch(run["history"][:end + 1])
+    return run
+
+
+def save_epoch(row, model, parts, run, cfg):
+    """Save the model and the states of the parts that train it after an epoch, and tell of it."""
+    run["history"].append(row)
+    # What has not changed is the same tensor as before, and stands in the file once.
+    run["model"] = {key: run["model"][key] if torch.equal(run["model"][key], value.cpu()) else value.cpu().clone()
+                    for key, value in model.state_dict().items()}
+    run["trainer"] = {name: part.state_dict() for name, part in parts.items()}
+    better = ("best", "frozen") if row["stage"] == 1 else ("best",)
+    better = better if best_row(run["history"]) is row else ()
+    run |= dict.fromkeys(better, {"model": run["model"], "rows": len(run["history"])})
+    # The file holds all that the next epoch depends on, besides what is drawn from SEED and epoch.
+    write_file(run_file(cfg, "last.pth"), run)
+    export_models(run, better, cfg)
+    print_epoch(run["history"])
+    draw_curves(run, cfg)
+
+
+def export_models(run, names, cfg):
+    """Write best.pth or frozen.pth from what last.pth holds."""
+    for name in names:
+        history = run["history"][:run[name]["rows"]]
+        write_file(run_file(cfg, f"{name}.pth"), {
+            "model": run[name]["model"], "config": run["config"], "class_names": run["class_names"], "history": history,
+            "best_accuracy": history[-1]["val_acc"]})
 
 
 def print_epoch(history):
-    """The last epoch as a line of the table, with a star if none before was better."""
-    star = "    *" if best_epoch(history) is history[-1] else ""
-    print("{stage:5} {epoch:5} {lr_head:7.1e} {lr_blocks:9.1e} {train_loss:10.4f} {train_acc:9.2%} "
-          "{val_loss:8.4f} {val_acc:7.2%} {seconds:6.1f}{star}".format(**history[-1], star=star))
+    """The last row as a line of the table, with a star if none before was better."""
+    row, star = history[-1], "    *" if best_row(history) is history[-1] else ""
+    validation = "" if row["val_acc"] is None else "{val_loss:8.4f} {val_acc:7.2%}".format(**row)
+    print("{stage:5} {epoch:>5} {lr_head:7.1e} {lr_blocks:9.1e} {train_loss:10.4f} {train_acc:9.2%} {validation:16} "
+          "{seconds:6.1f}{star}".format(**row, validation=validation, star=star))
 
 
-def best_epoch(history):
-    """The row with the highest validation accuracy; of equals, the lowest loss, then the first."""
-    return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
-
-
-def load_checkpoint(path):
-    """A checkpoint of this program, on the CPU."""
+def load_checkpoint(path, wanted=("model", "config", "class_names", "history")):
+    """What torch.save has put into a file, tensors and plain Python; UserError says what it lacks of `wanted`."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        # Whoever has a state can rely on it: the weights fit, and there is a best epoch.
-        build_model(len(state["config"]["class_names"]), state["model"])
-        best_epoch(state["history"])
-        return state
-    except Exception as error:  # whatever a missing, foreign or truncated file makes of the unpickler
-        raise UserError(f"no checkpoint in {path} ({one_line(error)}): train, or set --checkpoint") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)  # nothing else is safe to load
+    except OSError:
+        raise
+    except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {refused[1]}, which is not safe to load" if refused else one_line(error).split(".")[0]
+        raise UserError(f"{path} is no file of tensors and plain values, or not a whole one ({reason})") from None
+    if lacking := set(wanted) - set(state if isinstance(state, dict) else ()):
+        raise UserError(f"{path} lacks {listing(sorted(lacking), 9)}: it is of another version or of another kind")
+    return state
 
 
 def run_file(cfg, suffix):
@@ -567,22 +718,8 @@ def run_file(cfg, suffix):
     return Path(cfg.out_dir) / f"{cfg.run_name}_{suffix}"
 
 
-@contextmanager
-def replacing(path):
-    """A file to write that takes the place of `path` when all of it is on the disk, not before."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_file(path, content):
-    """Write text, a figure or a checkpoint (plain Python and tensors), whole or not at all."""
+def write_file(path, content, sync=True):
+    """Write text, a figure or a checkpoint (plain Python and tensors), whole or not at all; `sync`: a power cut too."""
     buffer = io.BytesIO()  # torch.save would hide what a full disk says
     if isinstance(content, Figure):
         content.savefig(buffer, format="png", bbox_inches="tight")
@@ -590,278 +727,360 @@ def write_file(path, content):
         torch.save(content, buffer)
     else:
         buffer.write(content.encode("utf-8", "backslashreplace"))
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
-
-
-def compute_once(name, depends, shape, batches, cfg):
-    """A tensor of `shape` [N, V, ...] that `batches` yield in parts, memory-mapped from a file.
-
-    The file's name ends in a fingerprint of all that the tensor depends on; other files of that `name` are
-    removed. It gets that name when it is whole on the disk, and a SHA-256 at its end proves that it still is.
-    """
-    path = run_file(cfg, f"activations_{name}_{digest(depends)[:20]}.bin")
-    for old in set(path.parent.glob(f"{glob.escape(cfg.run_name)}_activations_{name}_{'?' * 20}.*")) - {path}:
-        old.unlink()
-    if not is_whole(path):
-        need = math.prod(shape) * cfg.dtype.itemsize
-        if need > shutil.disk_usage(path.parent).free:
-            raise UserError(f"no room for {need / 1e9:.1f} GB in {cfg.out_dir}: lower VIEWS or set --out-dir")
-        # Written, not mapped: on a full disk, writing raises an error, and a mapped file kills the process.
-        with replacing(path) as file:
-            for batch in batches:
-                file.write(batch.view(torch.uint8).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(buffer.getbuffer())
             file.flush()
-            file.write(hashlib.sha256(np.memmap(file.name, np.uint8, "r")).digest())
-    return torch.from_numpy(np.memmap(path, np.uint8, "c")[:-32]).view(cfg.dtype).view(shape)
+            if sync:  # takes its time
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def is_whole(path):
-    """Whether a file ends in the SHA-256 of all that comes before; after a power cut it may end in zeros."""
-    content = np.memmap(path, np.uint8, "r") if path.exists() and path.stat().st_size else b""
-    return bytes(content[-32:]) == hashlib.sha256(content[:-32]).digest()
+def write_output(path, content):
+    """Write a table or a picture; where it cannot be replaced, as it is open elsewhere, say so once and go on."""
+    try:
+        write_file(path, content, sync=False)
+    except OSError as error:
+        print_once(f"note       cannot write {path} ({error.strerror}): the run goes on, and will try again")
 
 
-# ---- Images and weights on the disk ----------------------------------------------------------------------
+# ---- Images and weights ----------------------------------------------------------------------------------------------
 
-Data = namedtuple("Data", "class_names splits")  # list of str, {"train": Split, "val": ...}
-Split = namedtuple("Split", "paths labels digest")  # N paths, int64 [N], SHA-256 of all the files' bytes
+Data = namedtuple("Data", "class_names folders tables")  # of classes; {split: table of path, label, sha256}
 
 IMAGE_ENDINGS = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "__pycache__",
-          "system volume information", "demo_flowers"}
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-
-
-def load_image(path):
-    """An image file of any mode as upright RGB, on white; UserError names the file and why it is not read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
-            image = Image.open(path)
-            image.load()
-            with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
-                image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # deep greys: white is the lowest usual level that no pixel exceeds
-                pixels = np.nan_to_num(np.asarray(image, np.float64))
-                low, high = min(0, pixels.min()), pixels.max()
-                white = next((level for level in (1, 255, 4095, 65535) if high <= level), high)
-                image = Image.fromarray(np.interp(pixels, (low, white), (0, 255)).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
-        raise UserError(f"{path}: {one_line(error)}") from None
-
-
-def visible(folder):
-    """What a folder holds, sorted by name, without hidden files and other systems' litter."""
-    return sorted(path for path in folder.iterdir()
-                  if not path.name.startswith(".") and path.name.lower() not in LITTER)
-
-
-def files_below(folder):
-    """All visible files in a folder and its folders."""
-    return [file for path in visible(folder) for file in (files_below(path) if path.is_dir() else [path])]
-
-
-def only_images(files, stream):
-    """Those files that Pillow reads, by their endings; the others are counted aloud."""
-    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in IMAGE_ENDINGS)
-    for ending, count in others.most_common():
-        print(f"data       {count} files {ending or 'without an ending'} passed over: no images", file=stream)
-    return [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
-
-
-def check_files(paths):
-    """Of each file, the SHA-256 of its bytes and no reason, or none and why it cannot be read as an image."""
-    checked = []
-    for path in paths:
-        try:
-            load_image(path)
-            checked.append((hashlib.sha256(path.read_bytes()).hexdigest(), ""))
-        except UserError as error:
-            checked.append(("", str(error)))
-    return checked
+          "system volume information", "demo_flowers", "cat_to_name.json"}
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+                 "test": "test", "testing": "test"}
 
 
 def find_images(cfg):
-    """The images of the run, all of which can be read. UserError says what is wrong with folder or files."""
-    folder = Path(cfg.data_dir)
-    flowers = not folder.exists() or not visible(folder) or (folder / "flowers-102").is_dir()
-    names, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
-    # All files are decoded once, in seconds, so that all broken ones are known before the first long pass.
-    batches = progress(map_batches(check_files, table.path.tolist(), 16, cfg), len(table), "decoding")
-    table[["sha256", "reason"]] = [checked for batch in batches for checked in batch]
-    reasons = [readable(reason) for reason in table.reason if reason]
-    if reasons:
-        file = run_file(cfg, "unreadable.txt")
-        write_file(file, "\n".join(reasons) + "\n")
-        told = f"cannot read {len(reasons)} of {len(table)} images, named in {file}, such as {reasons[0]}"
-        if not cfg.skip_unreadable:
-            raise UserError(f"{told}: mend or remove them, or set --skip-unreadable")
-        print(f"data       {told}")
-    table = table[table.reason == ""]
-    found = set(table.split)
-    if (table.label[table.split == "train"].nunique() < len(names) or "val" not in found
-            or not found & set(cfg.eval_splits)):
-        raise UserError(f"{folder} has too few images left of a class or split (cannot read {len(reasons)}): "
-                        "add some or change VAL_FRACTION or EVAL_SPLITS")
-    splits = {name: Split(part.path.tolist(), torch.tensor(part.label.tolist()), digest(part.sha256.tolist()))
-              for name, part in table.groupby("split", sort=False)}
-    counts = ", ".join(f"{len(split.paths):,} {name}" for name, split in splits.items())
-    print(f"data       {readable(str(folder))}: {len(names)} classes; images: {counts}")
-    return Data(names, splits)
+    """The images of the run, those of train and val checked; UserError says what is wrong with the folder."""
+    folder, needed = Path(cfg.data_dir), {"train"} if "val" in cfg.train_splits else {"train", "val"}
+    if not folder.is_dir() and folder != Path("data"):  # where any other one is missing, it is mistyped
+        raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
+    flowers = not folder.exists() or not visible(folder, cfg) or (folder / "flowers-102").is_dir()
+    folders, titles, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
+    table = table[table.split.isin(["train", "val", *cfg.eval_splits])]
+    test, table = table[table.split == "test"], check_images(table[table.split != "test"], cfg)
+    tell_copies(table)
+    if "val" not in needed:
+        table = table.assign(split="train")
+    tables = dict(list(pd.concat([table, test]).groupby("split", sort=False)))
+    if needed - tables.keys() or tables["train"].label.nunique() < len(folders):
+        raise UserError(f"{folder} has too few readable images of a class or split: add some or change VAL_FRACTION")
+    if "val" in needed and not tables.keys() & set(cfg.eval_splits):
+        raise UserError(f"{folder} has no images of EVAL_SPLITS ({' '.join(cfg.eval_splits)})")
+    counts = ", ".join(f"{len(part):,} {name}" for name, part in tables.items())
+    print(f"data       {folder}: {len(folders)} classes; images: {counts}")
+    return Data(titles, folders, tables)
+
+
+def check_images(table, cfg):
+    """The table with the hash of each file; those that cannot be read are an error or, if told so, left out."""
+    # Files that were read before by the same code need not be decoded again.
+    note = Path(cfg.out_dir, "activations", f"readable_{digest(code_of(without=NOT_FROZEN))[:16]}.json")
+    known = set(json.loads(note.read_text())) if note.exists() else set()
+    work = partial(check_image, known=known)
+    hashes, reasons = zip(*progress(map_batches(work, table.path.tolist(), cfg), "decoding"))
+    write_file(note, json.dumps(sorted(known.union(hashes) - {""})))
+    if reasons := [reason.replace("\n", " ") for reason in reasons if reason]:
+        write_file(file := run_file(cfg, "unreadable.txt"), "\n".join(reasons) + "\n")
+        message = f"cannot read {len(reasons)} of {len(table)} images, named in {file}, such as {reasons[0]}"
+        if not cfg.skip_unreadable or len(reasons) == len(table):
+            raise UserError(f"{message}: mend or remove them, or set --skip-unreadable")
+        print(f"data       {message}")
+    table = table.assign(sha256=hashes)
+    return table[table.sha256 != ""]
+
+
+def tell_copies(table):
+    """Say which images stand in two splits or in two classes: they flatter the figures or confuse the model."""
+    groups = table.groupby("sha256")
+    copies = table[(groups.split.transform("nunique") > 1) | (groups.label.transform("nunique") > 1)]
+    if len(copies):
+        pair = listing(copies.path[copies.sha256 == copies.sha256.iloc[0]].tolist(), 2)
+        print(f"data       {copies.sha256.nunique()} images stand in two splits or two classes, such as {pair}")
+
+
+def check_image(path, known):
+    """The SHA-256 of a file's bytes and no reason, or none and why it cannot be read as an image."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return "", str(error)
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        if sha256 not in known:
+            load_image(path)
+        return sha256, ""
+    except UserError as error:
+        return "", str(error)
 
 
 def find_class_folders(folder, cfg):
-    """Class names and a table of own images: one folder per class, alone or within train, val and test."""
-    matches = [(split, path) for split, names in SPLITS.items() for path in visible(folder)
-               if path.is_dir() and path.name.lower() in names]
-    places = dict(matches) or {"train": folder}
-    if len(matches) > len(places):
-        raise UserError(f"{folder} holds a split twice: {listing([path.name for _, path in matches], 9)}")
-    if "test" not in cfg.eval_splits:
-        places.pop("test", None)
-    folders = [(split, path) for split in places for path in visible(places[split]) if path.is_dir()]
-    table = pd.DataFrame([(split, path.name, file) for split, path in folders for file in files_below(path)],
-                         columns=["split", "name", "path"])
-    table = table[table.path.isin(only_images(table.path, sys.stdout))].copy()
-    names = sorted(set(table.name[table.split == "train"]))
-    if len(names) < 2:
-        found = listing([path.name for path in visible(folder)], 9)
-        raise UserError(f"{folder} holds {found}: expected two or more folders of images, one per class, "
-                        "alone or within train/, val/ and test/")
+    """Class folders, titles and a table of own images: one folder per class, alone or within splits."""
+    files = list(files_below(folder, cfg, map(str, Path(os.path.realpath(folder)).parents)))
+    parts = [(*path.relative_to(folder).parts, *[""] * path.is_dir()) for path in files]  # room in empty folders
+    # A folder of such a name is a split if it holds class folders, and else a class.
+    splits = {top for top, *below in parts if top.lower() in SPLIT_FOLDERS and below[1:]}
+    places = {SPLIT_FOLDERS[name.lower()]: folder / name for name in splits} or {"train": folder}
+    if len(places) < len(splits):
+        raise UserError(f"{folder} holds a split twice: {listing(sorted(splits), 9)}")
+    table = pd.DataFrame([
+        (SPLIT_FOLDERS[top.lower()], below[0], path) if splits else ("train", top, path)
+        for path, (top, *below) in zip(files, parts) if (top in splits and below[1:] if splits else below)],
+        columns=["split", "name", "path"])
+    wanted = {(split, name) for split in places if split in ("train", "val", *cfg.eval_splits) for name in table.name}
+    table = table[table.path.isin(only_images(files, set(table.path), sys.stdout))]
+    if len(names := sorted(set(table.name))) < 2 or "train" not in places:
+        inside = listing([path.name for path in visible(folder, cfg)], 9)
+        raise UserError(f"{folder} holds {inside}: expected two or more folders of images, one per class, alone or "
+                        "within train/, val/ and test/")
     # A class without images in one split would never be learned, or never be measured.
-    wanted = {places[split] / path.name for split in places for _, path in folders}
-    if lacking := sorted(wanted - {places[split] / name for split, name in zip(table.split, table.name)}):
-        raise UserError("each class needs a folder of images, with the same name in each split; missing or "
-                        f"empty: {listing(lacking)}")
-    if "val" not in places:
+    if lacking := [places[split] / name for split, name in sorted(wanted - set(zip(table.split, table.name)))]:
+        raise UserError(f"each class needs images in each split; missing or empty: {listing(lacking)}")
+    if "val" not in places and "val" not in cfg.train_splits:
         print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, by SEED, are for validation")
-        seed = mix_seed(cfg.seed, "validation") % 2**32
-        drawn = table[table.split == "train"].groupby("name").sample(frac=cfg.val_fraction, random_state=seed)
-        table.loc[drawn.index, "split"] = "val"
-    titles = {}
-    for file in (folder.resolve().parent / "cat_to_name.json", folder / "cat_to_name.json"):
-        try:
-            titles |= json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        except (ValueError, TypeError):
-            raise UserError(f"{file} is no JSON object of folders and names: mend or remove it") from None
-    titles = [str(titles.get(name, name)) for name in names]
-    titles = [f"{title} ({name})" if titles.count(title) > 1 else title for title, name in zip(titles, names)]
-    return list(map(readable, titles)), table.assign(label=table.name.map(names.index))
+        drawn = table[table.split == "train"].groupby("name").sample(
+            frac=cfg.val_fraction, random_state=mix_seed(cfg.seed, "validation") % 2**32)
+        table = table.assign(split=table.split.mask(table.index.isin(drawn.index), "val"))
+    file = folder / "cat_to_name.json"
+    try:
+        titles = dict(json.loads(file.read_text("utf-8-sig"))) if file.is_file() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is no JSON object of folders and names: mend or remove it") from None
+    return names, [str(titles.get(name, name)) for name in names], table.assign(label=table.name.map(names.index))
+
+
+def files_below(folder, cfg, above=()):
+    """All visible files in a folder and its folders, and empty folders; none is entered twice by one path downwards."""
+    inside, above = visible(folder, cfg), {*above, os.path.realpath(folder)}
+    for path in inside:
+        if not path.is_dir():
+            yield path
+        elif os.path.realpath(path) not in above:
+            yield from files_below(path, cfg, above)
+    if not inside and not any(path.is_dir() for path in folder.iterdir()):
+        yield folder
+
+
+def visible(folder, cfg):
+    """What a folder holds, sorted by name, without hidden files, other systems' litter and what runs have made."""
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+    made = [os.path.realpath(Path(cfg.out_dir, name)) for name in ("", "activations")]
+    return [path for path in paths if path.name.lower() not in LITTER
+            and (not path.name.startswith(".") or path.name.endswith(".icloud"))  # an image that is still in a cloud
+            and os.path.realpath(path) not in made  # nor what other runs have made:
+            and not any(path.glob("*.lock")) and not any(path.glob("*_history.csv"))]
+
+
+def only_images(files, wanted, stream):
+    """Those of the `wanted` files that Pillow reads, by their endings; all others are counted and named aloud."""
+    images = [path for path in files if path in wanted and path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
+    if others := sorted(set(files) - set(images)):
+        print(f"data       {len(others)} passed over, not readable here as images or outside of the class folders: "
+              f"{listing(others)}", file=stream)
+    return images
 
 
 def find_flowers102(folder, cfg):
-    """Class names and a table of Flowers-102 (Nilsback & Zisserman, 2008), which is downloaded if missing."""
-    base, files, missing = folder / "flowers-102", Flowers102._file_dict, []
+    """Class names, twice, and a table of Flowers-102 (Nilsback & Zisserman, 2008), which is downloaded if missing."""
+    base, names = folder / "flowers-102", Flowers102.classes
     try:
         parts = {name: Flowers102(folder, name, download=True) for name in ("train", "val", *cfg.eval_splits)}
-        rows = [(name, path, label) for name, part in parts.items()
-                for path, label in zip(part._image_files, part._labels)]
-        if missing := [path for _, path, _ in rows if not path.exists()]:  # an extraction was interrupted
-            archive, md5 = files["image"]
-            download_and_extract_archive(Flowers102._download_url_prefix + archive, str(base), md5=md5)
     except (OSError, RuntimeError) as error:
-        missing += [name for name, md5 in files.values() if not check_integrity(base / name, md5)]
-        raise UserError(f"cannot download Flowers-102 ({one_line(error)}), of which {base} lacks whole "
-                        f"{listing(missing)}: {cure(error)}, set --data-dir, or try --demo") from None
-    return Flowers102.classes, pd.DataFrame(rows, columns=["split", "path", "label"])
-
-
-def cure(error):
-    """What helps where files could not be fetched or loaded."""
-    if "CERTIFICATE" in str(error):
-        return "let Python know your proxy's certificate (SSL_CERT_FILE)"
-    if isinstance(error, PermissionError) or "Read-only" in str(error):
-        return f"make {error.filename} writable (for the weights' cache: TORCH_HOME)"
-    if isinstance(error, FileNotFoundError):
-        return "check the path"
-    return "connect to the network" if isinstance(error, OSError) else "delete it if a download was cut short"
+        raise UserError(f"cannot download Flowers-102 into {base} ({one_line(error)}): try again, put its files there "
+                        "by hand, set --data-dir, or try --demo") from None
+    table = pd.DataFrame([(name, path, label) for name, part in parts.items() for path, label in zip(
+        part._image_files, part._labels)], columns=["split", "path", "label"])
+    if missing := [path.name for path in table.path if not path.exists()]:
+        raise UserError(f"{base} lacks {listing(missing)}, as if its extraction had been cut short: delete "
+                        f"{base / 'jpg'}, and the same command extracts it again")
+    return names, names, table
 
 
 def load_pretrained(weights):
     """The backbone's state dict that WEIGHTS names, without a classifier, or None for random weights."""
-    if weights in ("none", None):
+    if weights == "none":
         return None
-    try:
-        if weights == "IMAGENET1K_V1":
-            official = EfficientNet_B3_Weights.IMAGENET1K_V1
-            weights = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(official.url))
-            official.get_state_dict(check_hash=True, weights_only=True)  # downloads what is missing
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        while not any("features." in str(key) for key in state):  # trainers wrap it in dicts ...
-            state = max((value for value in state.values() if isinstance(value, dict)), key=len)
-        state = {key[key.find("features."):]: value.detach().float()  # ... and put prefixes before its keys
-                 for key, value in state.items() if "features." in key}
-        build_model(2, state)
-        return state
-    except Exception as error:  # whatever the network, the disk and the unpickler make of it
-        raise UserError(f"cannot load the weights {weights} ({one_line(error)}): {cure(error)}, set "
-                        "--weights to a state dict of EfficientNet-B3 or to none, or try --demo") from None
+    path = Path(weights)
+    if weights == "IMAGENET1K_V1":
+        official = EfficientNet_B3_Weights.IMAGENET1K_V1
+        path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(official.url))
+        try:
+            if not path.exists():
+                official.get_state_dict(check_hash=True)  # downloads it
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot download the weights to {path} ({one_line(error)}): try again, set --weights, or "
+                            "try --demo") from None
+    # Trainers wrap a state dict in dicts, and put prefixes before its keys.
+    found = [load_checkpoint(path, wanted=())]
+    for part in found:
+        found += [value for value in part.values() if isinstance(value, dict)] if isinstance(part, dict) else []
+    states = [{key[key.find("features."):]: value for key, value in part.items() if "features." in str(key)}
+              for part in found if isinstance(part, dict)]
+    state = max(states, key=len, default={})
+    wanted = build_model(2).features.state_dict(prefix="features.")
+    if odd := [key for key in wanted if getattr(state.get(key), "shape", None) != wanted[key].shape]:
+        keys = listing(list(found[-1])) if isinstance(found[-1], dict) else type(found[-1]).__name__
+        raise UserError(f"{path} holds other weights than torchvision's EfficientNet-B3 ({keys}), or not all of them: "
+                        f"{listing(odd)} missing or of another shape")
+    return {key: state[key].detach().float() for key in wanted}
 
 
-# ---- Reports ---------------------------------------------------------------------------------------------
+# ---- Reports ---------------------------------------------------------------------------------------------------------
+
+# Names may have letters of any script: these are the usual fonts for them, as far as they are here.
+fonts = {"Arial Unicode MS", "Hiragino Sans", "Malgun Gothic", "Microsoft YaHei", "Noto Sans CJK JP", "Nirmala UI"}
+fonts = ["DejaVu Sans", *sorted(fonts & set(font_manager.get_font_names()))]
+
+
+def report(model, blocks, activations, data, run, cfg):
+    """Evaluate the best model on the splits of `activations`, compare frozen with fine-tuned, print and write all."""
+    names = np.array(data.class_names)
+    short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
+    short = [name.encode(errors="replace").decode() for name in short]  # figures show no bytes that are no letters
+    # Where no row of stage 2 is the best, the fine-tuned model is its last one.
+    best, last = run["best"], {"model": run["model"], "rows": len(run["history"])}
+    tuned = next((side for side in (best, last) if run["history"][side["rows"] - 1]["stage"] == 2), None)
+    texts, comparisons, predictions, metrics = [], [], [], {}
+    for split, part in activations.items():
+        probabilities, ending = {}, f"_{split}.png" if len(activations) > 1 else ".png"
+        for title, side in {"frozen": run["frozen"], "fine-tuned": tuned, "": best}.items():
+            if side:  # the best one last: its mistakes are shown
+                model.load_state_dict(side["model"])
+                logits = predict_logits(blocks, model.classifier, part.tensor, cfg)
+                epoch = run["history"][side["rows"] - 1]["epoch"]
+                probabilities[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = logits.softmax(1)
+        *sides, (_, shown) = probabilities.items()
+        metrics[split], text, f1 = compare(split, dict(sides), shown, part.labels, short)
+        comparisons.append(text)
+        values, likeliest = (top.numpy() for top in shown.topk(min(5, len(names))))
+        confusion = confusion_matrix(part.labels, likeliest[:, 0], labels=range(len(names)))
+        texts += describe(split, part.labels, likeliest[:, 0], confusion, names)
+        predictions.append(pd.DataFrame({
+            "file": [os.path.relpath(path, cfg.data_dir) for path in data.tables[split].path], "split": split,
+            "true": names[part.labels], "predicted": names[likeliest[:, 0]], "probability": values[:, 0].round(4),
+            "top5": ["; ".join(five) for five in names[likeliest]]}))
+        title = f", {split} split: {np.trace(confusion)} of {len(part.labels)} images right"
+        with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.family": fonts}):
+            warnings.simplefilter("ignore")  # of letters that no font has
+            figure = plot_confusion_matrix(confusion, short, "Confusion matrix" + title)
+            write_output(run_file(cfg, "confusion_matrix" + ending), figure)
+            figure = plot_mistakes(model, data.tables[split], shown, short, "Worst mistakes" + title, cfg)
+            write_output(run_file(cfg, "mistakes" + ending), figure)
+            if tuned:
+                shares = " and ".join(f"{metrics[split][side]['accuracy']:.2%} right {side}".replace("_", "-")
+                                      for side in ("frozen", "fine_tuned"))
+                figure = plot_changes(f1, f"{split} split: {shares}")
+                write_output(run_file(cfg, "frozen_vs_fine_tuned" + ending), figure)
+    draw_curves(run, cfg, at_once=True)
+    epoch = run["history"][best["rows"] - 1]["epoch"]
+    write_output(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
+    if activations:
+        write_output(run_file(cfg, "predictions.csv"), pd.concat(predictions).to_csv(index=False))
+        texts += [f"best epoch: {epoch}", *comparisons]
+        write_output(run_file(cfg, "report.txt"), "\n\n".join(texts) + "\n")
+        print("\n" + "\n\n".join(texts))
+    else:
+        print("\nno report: no images are held out, and no test images evaluated")
+
+
+def describe(split, labels, predicted, confusion, names):
+    """Of a split, the most confused pairs of classes and the classification report, as texts."""
+    cells = sorted(((confusion[t, p], t, p) for t, p in np.argwhere(confusion) if t != p), reverse=True)
+    pairs = [f"{cell} of {confusion[t].sum()} {names[t]} taken for {names[p]}" for cell, t, p in cells[:12]]
+    each = classification_report(labels, predicted, labels=range(len(names)), target_names=names, digits=3,
+                                 zero_division=0)
+    return "\n".join([f"{split}: most confused", *pairs]), f"{split}: each class\n{each.rstrip()}"
 
 
 def measure(probabilities, labels):
-    """Figures of a split and a table of each class's scores, from probabilities [N, classes], labels [N]."""
-    (confidence, predicted), classes = probabilities.max(1), range(probabilities.shape[1])
-    table = pd.DataFrame(classification_report(labels, predicted, labels=classes, output_dict=True,
-                                               zero_division=0)).T.iloc[:len(classes)]
-    right, present = (predicted == labels).float(), table[table.support > 0]
-    low, high = binomtest(int(right.sum()), len(labels)).proportion_ci(method="wilson")
-    likeliest = probabilities.topk(min(5, len(classes))).indices
+    """Figures of a split from probabilities [N, classes] and labels [N]; a class without images counts in none."""
+    (confidence, predicted), present = probabilities.max(1), labels.unique()
+    right, likeliest = (predicted == labels).float(), probabilities.topk(min(5, probabilities.shape[1])).indices
+    interval = binomtest(int(right.sum()), len(labels)).proportion_ci(method="wilson")
     gaps, _ = np.histogram(confidence, 15, (0, 1), weights=confidence - right)  # Guo et al., 2017
-    return {"images": len(labels), "accuracy": right.mean().item(), "wilson_95_low": low,
-            "wilson_95_high": high,
-            "balanced_accuracy": present["recall"].mean(), "macro_f1": present["f1-score"].mean(),
+    mean_over_classes = dict(labels=present, average="macro", zero_division=0)
+    return {"images": len(labels), "accuracy": right.mean().item(), "wilson_95_low": interval.low,
+            "wilson_95_high": interval.high, "balanced_accuracy": recall_score(labels, predicted, **mean_over_classes),
+            "macro_f1": f1_score(labels, predicted, **mean_over_classes),
             "top5_accuracy": (likeliest == labels[:, None]).any(1).float().mean().item(),
             "log_loss": F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item(),
-            "expected_calibration_error": np.abs(gaps).sum().item() / len(labels)}, table
+            "expected_calibration_error": np.abs(gaps).sum().item() / len(labels)}
 
 
-def draw_curves(history, cfg, at_once=False):
+def compare(split, sides, shown, labels, names):
+    """Frozen against fine-tuned, {title: probabilities}, on a split: figures, a text, and the F1 of each class."""
+    metrics = measure(shown, labels)
+    table = pd.DataFrame({title: measure(part, labels) for title, part in sides.items()})
+    f1 = pd.DataFrame({title: f1_score(labels, part.argmax(1), labels=range(len(names)), average=None, zero_division=0)
+                       for title, part in sides.items()}, index=names)
+    lines = [f"{split}, {len(labels):,} images"]
+    if len(sides) == 2:
+        before, after = (part.argmax(1) == labels for part in sides.values())
+        mended, spoilt = (after & ~before).sum().item(), (before & ~after).sum().item()
+        p_value = binomtest(mended, mended + spoilt).pvalue if mended + spoilt else 1.0  # McNemar's test, exact
+        table["difference"], change = table.iloc[:, 1] - table.iloc[:, 0], f1.iloc[:, 1] - f1.iloc[:, 0]
+        lines.append(f"fine-tuning put {mended} right and spoilt {spoilt} (McNemar's exact test: p = {p_value:.2g})")
+        for word, part in (("gained", change[change > 0].nlargest(5)), ("lost", change[change < 0].nsmallest(5))):
+            lines.append(f"F1 {word} most:" + " none" * part.empty)
+            lines += [f"  {gain:+.3f}  {name}" for name, gain in part.items()]
+        metrics |= dict(zip(("frozen", "fine_tuned"), table.iloc[:, :2].to_dict().values()))
+        metrics |= {"mended": mended, "spoilt": spoilt, "mcnemar_p_value": p_value}
+    lines.insert(1, table.drop("images").to_string(float_format="%.4f"))
+    return metrics, "\n".join(lines), f1
+
+
+def plot_changes(f1, title):
+    """The up to 30 classes whose F1 changed most, each an arrow from the frozen to the fine-tuned value."""
+    change = (f1.iloc[:, 1] - f1.iloc[:, 0]).to_numpy()
+    chosen = np.argsort(-np.abs(change), kind="stable")[:min(30, np.count_nonzero(change))]
+    chosen = chosen[np.argsort(change[chosen], kind="stable")]
+    figure = Figure((7.5, 1.6 + 0.22 * max(4, len(chosen))), layout="constrained")
+    axes, (gain, loss) = figure.subplots(), sns.color_palette("colorblind")[:2]
+    for place, label in enumerate(chosen):
+        style = {"arrowstyle": "-|>", "color": gain if change[label] > 0 else loss, "lw": 2, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (f1.iloc[label, 1], place), (f1.iloc[label, 0], place), arrowprops=style)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-1, max(4, len(chosen))), xlabel="F1 of the class, from frozen to fine-tuned")
+    axes.set_yticks(range(len(chosen)), f1.index[chosen], size=8)
+    axes.set_title(title, size=11)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_curves(run, cfg, at_once=False):
     """Write history.csv, and, at most every ten seconds unless `at_once`, the curves of loss and accuracy."""
-    table, best, file = pd.DataFrame(history), best_epoch(history), run_file(cfg, "acc.png")
-    write_file(run_file(cfg, "history.csv"), table.to_csv(index=False))
+    table, file = pd.DataFrame(run["history"]), run_file(cfg, "acc.png")
+    write_output(run_file(cfg, "history.csv"), table.to_csv(index=False))
     if file.exists() and time.time() - file.stat().st_mtime < 10 and not at_once:
         return
     blue, orange, green = sns.color_palette("colorblind")[:3]
     for key, label, scale in (("loss", "Cross-entropy loss", 1), ("acc", "Accuracy (%)", 100)):
         figure = Figure((7.5, 4.2), layout="constrained")
-        axes, height = figure.subplots(), scale * best[f"val_{key}"]
-        axes.plot(table.epoch, scale * table[f"train_{key}"], ".-", c=blue, lw=2,
+        axes, best = figure.subplots(), run["best"]["rows"] - 1
+        axes.plot(scale * table[f"train_{key}"], ".-", c=blue, lw=2,
                   label="training (by heads that have not seen the image)" if cfg.cross_fit else "training")
-        axes.plot(table.epoch, scale * table[f"val_{key}"], ".-", c=orange, lw=2, label="validation")
-        axes.plot(best["epoch"], height, "o", c=green, ms=10, mec="white", label=f"best: {height:.3g}")
+        if (height := table[f"val_{key}"][best]) is not None:
+            axes.plot(scale * table[f"val_{key}"], ".-", c=orange, lw=2, label="validation")
+            axes.plot(best, scale * height, "o", c=green, ms=10, mec="white", label=f"best: {scale * height:.3g}")
         axes.axvline(cfg.epochs_stage1 + 0.5, color="0.35", ls="--", lw=1.2)
         axes.set_title("stage 1: head (epoch 0: before any gradient)", loc="left", size=10, color="0.35")
         axes.set_title("stage 2: fine-tuning", loc="right", size=10, color="0.35")
-        axes.set(xlim=(-0.5, cfg.epochs_stage1 + cfg.epochs_stage2 + 0.5), xlabel="Epoch", ylabel=label)
+        axes.set(xlim=(-0.5, cfg.epochs_stage1 + cfg.epochs_stage2 + 1.5), xlabel="Epoch", ylabel=label)
+        axes.set_xticks(range(len(table)), table.epoch, rotation=90 if len(table) > 20 else 0)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        write_file(run_file(cfg, f"{key}.png"), figure)
-
-
-@contextmanager
-def any_letters(names):
-    """Figures within show names as they are: no formulas, and the first fonts that have all their letters."""
-    fonts, lacking = [], {ord(letter) for name in names for letter in name}
-    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
-        if not lacking:
-            break
-        with suppress(Exception):  # a font file that is broken or gone
-            has = lacking & set(font_manager.get_font(font.fname).get_charmap())
-            if has and "LastResort" not in font.fname:  # that one has boxes only
-                fonts, lacking = [*fonts, font.name], lacking - has
-    if lacking:
-        print(f"figures    no font has {listing(sorted(map(chr, lacking)), 9)}: boxes stand for these")
-    with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.family": fonts}):
-        warnings.filterwarnings("ignore", "Glyph")
-        yield
+        write_output(run_file(cfg, f"{key}.png"), figure)
 
 
 def plot_confusion_matrix(confusion, names, title):
@@ -882,110 +1101,62 @@ def plot_confusion_matrix(confusion, names, title):
     return figure
 
 
-def plot_mistakes(model, split, probabilities, names, title, cfg):
+def plot_mistakes(model, table, probabilities, names, title, cfg):
     """The eight most confident mistakes, each beside its class activation map (CAM, Zhou et al., 2016)."""
     (confidence, predicted), (height, width) = probabilities.max(1), cfg.img_size
-    wrong = (predicted != split.labels).nonzero()[:, 0]
-    chosen = wrong[confidence[wrong].argsort(descending=True)[:8]].tolist()
-    frozen, evidence = Frozen(model.features, cfg), model.classifier[1].weight.detach().cpu()
-    evidence = evidence - evidence.mean(0)  # what all classes share says nothing about one of them
+    labels, paths = torch.tensor(table.label.tolist()), table.path.tolist()
+    wrong = (predicted != labels).nonzero()[:, 0]
+    layers, weight = FrozenLayers(model.features, cfg), model.classifier[1].weight.detach().cpu()
+    weight = weight - weight.mean(0)  # what all classes share tells nothing about one of them
     figure = Figure((14.4, 1 + 3.6 * height / width), dpi=72, layout="constrained")
     figure.suptitle(title, size=14)
-    for place, i in enumerate(chosen, 1):
-        label, taken, image = split.labels[i], predicted[i], load_views(split.paths[i], i, 0, cfg)
-        maps = frozen(torch.from_numpy(image)[None])[0, 0].float()
-        cam = torch.einsum("chw,c->hw", maps, evidence[taken])[None, None]
-        cam = F.interpolate(cam, cfg.img_size, mode="bicubic")[0, 0].numpy()
+    for place, i in enumerate(wrong[confidence[wrong].argsort(descending=True)[:8]].tolist(), 1):
+        label, taken, image = labels[i], predicted[i], load_views(paths[i], i, 0, cfg)
+        maps = layers(torch.from_numpy(image)[None])[0, 0].float()
+        cam = F.interpolate(torch.einsum("chw,c->hw", maps, weight[taken])[None, None], cfg.img_size, mode="bicubic")
+        cam = cam[0, 0].numpy()
         # On the grey photograph all colour is the map's, whatever the colour of the flower.
         heat = sns.color_palette("inferno", as_cmap=True)((cam - cam.min()) / max(np.ptp(cam), 1e-9))[..., :3]
-        mixed = (heat + image[0].mean(2, keepdims=True) / 255) / 2
         axes = figure.add_subplot(2, 4, place)
-        axes.imshow(np.hstack([image[0] / 255, mixed]))
+        axes.imshow(np.hstack([image[0] / 255, (heat + image[0].mean(2, keepdims=True) / 255) / 2]))
         axes.set_axis_off()
         axes.set_title(f"is {names[label]} ({probabilities[i, label]:.0%})\n"
                        f"taken for {names[taken]} ({confidence[i]:.0%})", loc="left", size=9)
     return figure
 
 
-def report(blocks, inputs, data, run, cfg):
-    """Evaluate the best checkpoint on the splits of EVAL_SPLITS, write its files, and print what they say."""
-    names, classes = np.array(data.class_names), range(len(data.class_names))
-    best, metrics, texts, tables = load_checkpoint(run_file(cfg, "best.pth")), {}, [], []
-    if best["config"] != run.config:
-        raise RunError(f"{run_file(cfg, 'best.pth')} is of another run: start anew with --fresh")
-    run.model.load_state_dict(best["model"])
-    for name in (name for name in cfg.eval_splits if name in inputs):
-        split = data.splits[name]
-        probabilities = predict_logits(blocks, run.model.classifier, inputs[name].tensor, cfg).softmax(1)
-        values, likeliest = (top.numpy() for top in probabilities.topk(min(5, len(names))))
-        labels, predicted = split.labels.numpy(), likeliest[:, 0]
-        confusion = confusion_matrix(labels, predicted, labels=classes)
-        cells = sorted((-confusion[t, p], t, p) for t, p in np.argwhere(confusion) if t != p)
-        pairs = [f"{-count} of {confusion[t].sum()} {names[t]} taken for {names[p]}"
-                 for count, t, p in cells[:12]]
-        metrics[name], table = measure(probabilities, split.labels)
-        each = classification_report(labels, predicted, labels=classes, target_names=names, digits=3,
-                                     zero_division=0)
-        worst = table.set_axis(names)["f1-score"].nsmallest(10).to_string(float_format="%.3f")
-        texts += [f"{name}: lowest F1\n{worst}", f"{name}: each class\n{each.rstrip()}",
-                  "\n".join([f"{name}: most confused", *pairs])]
-        tables.append(pd.DataFrame({
-            "file": [os.path.relpath(path, cfg.data_dir) for path in split.paths], "split": name,
-            "true": names[labels], "predicted": names[predicted], "probability": values[:, 0].round(4),
-            "top5": ["; ".join(five) for five in names[likeliest]]}))
-        if len(metrics) == 1:  # figures and terminal show one split, the files all
-            print("\n" + "\n\n".join(texts[1:]))
-            title = f", {name} split: {np.trace(confusion)} of {len(labels)} images right"
-            short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
-            with any_letters(short):
-                figure = plot_mistakes(run.model, split, probabilities, short, "Worst mistakes" + title, cfg)
-                write_file(run_file(cfg, "mistakes.png"), figure)
-                figure = plot_confusion_matrix(confusion, short, "Confusion matrix" + title)
-                write_file(run_file(cfg, "confusion_matrix.png"), figure)
-    draw_curves(run.history, cfg, at_once=True)
-    best_row = best_epoch(run.history)["epoch"]
-    summary = pd.DataFrame(metrics).drop("images").to_string(float_format="%.4f")
-    metrics = {"best_epoch": best_row, "splits": metrics}
-    constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
-    write_file(run_file(cfg, "report.txt"), "\n\n".join([summary, *texts]) + "\n")
-    write_file(run_file(cfg, "predictions.csv"), pd.concat(tables).to_csv(index=False))
-    write_file(run_file(cfg, "metrics.json"), json.dumps(metrics, indent=1) + "\n")
-    write_file(run_file(cfg, "config.json"), json.dumps(constants | run.config, indent=1) + "\n")
-    print(f"\nbest epoch {best_row} of {len(run.history) - 1}\n{summary}")
-
-
-# ---- Prediction ------------------------------------------------------------------------------------------
+# ---- Prediction ------------------------------------------------------------------------------------------------------
 
 
 def predict(cfg):
     """Print the five likeliest classes of each image that --predict names or holds; returns the exit code."""
-    paths = []
-    for name in cfg.predict:  # Windows leaves wildcards to the program
-        found = [Path(name)] if os.path.exists(name) else [Path(match) for match in sorted(glob.glob(name))]
-        files = [path for path in found if not path.is_dir()]
-        inside = [file for path in found if path.is_dir() for file in files_below(path)]
-        if not files and not any(file.suffix.lower() in IMAGE_ENDINGS for file in inside):
-            raise UserError(f"{name} does not exist or has no images: name images or folders")
-        paths += files + only_images(inside, sys.stderr)
-    state = load_checkpoint(cfg.checkpoint or run_file(cfg, "best.pth"))
-    cfg.img_size, cfg.crop, names = (state["config"][key] for key in ("img_size", "crop", "class_names"))
-    if state["config"]["transforms"] != source_of(make_transforms):
-        print("note: this checkpoint was trained with another make_transforms than today's", file=sys.stderr)
+    paths, failed = [], 0
+    for path in map(Path, cfg.predict):
+        if not path.exists():
+            raise UserError(f"{path} does not exist: name images or folders")
+        files = [path] if path.is_file() else list(files_below(path, cfg))
+        paths += files if path.is_file() else only_images(files, files, sys.stderr)
+    state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"))
+    config, names = state["config"], state["class_names"]
+    cfg.img_size, cfg.crop = config["img_size"], config["crop"]
+    code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=NOT_FROZEN).items()}
+    if changed := [key for key in code if config.get(key) != code[key]]:
+        print(f"note: this checkpoint was trained with another {listing(changed)}", file=sys.stderr)
     model = build_model(len(names), state["model"])
-    batches = progress(map_batches(check_files, paths, 16, cfg), len(paths), "decoding")
-    reasons = [reason for batch in batches for _, reason in batch]
-    for reason in filter(None, reasons):
-        print(f"cannot read {readable(reason)}", file=sys.stderr)
-    paths = [path for path, reason in zip(paths, reasons) if not reason]
-    outputs = frozen_pass(Frozen(split_model(model, 0)[0], cfg), paths, 0, cfg)
-    for features, path in zip((image for batch in outputs for image in batch), paths):
-        likeliest = model.classifier(features.float())[0].softmax(0).topk(min(5, len(names)))
-        lines = [f"  {100 * share:5.1f} %  {names[number]}" for share, number in zip(*likeliest)]
-        print(readable(str(path)), *lines, sep="\n")
-    return int(any(reasons))
+    layers = FrozenLayers(split_model(model, 0)[0], cfg)
+    for path in paths:
+        try:
+            views = torch.from_numpy(load_views(path, 0, 0, cfg))
+        except UserError as error:
+            print(f"cannot read {error}", file=sys.stderr)
+            failed = 1
+            continue
+        likeliest = model.classifier(layers(views[None])[0].float())[0].softmax(0).topk(min(5, len(names)))
+        print(path, *(f"  {100 * share:5.1f} %  {names[number]}" for share, number in zip(*likeliest)), sep="\n")
+    return failed
 
 
-# ---- Drawn flowers ---------------------------------------------------------------------------------------
+# ---- Drawn flowers ---------------------------------------------------------------------------------------------------
 
 DEMO = dict(data_dir="data/demo_flowers", img_size=(96, 96), views=4, eval_splits=("val",), weights="none",
             epochs_stage1=6, epochs_stage2=3, run_name="demo")
@@ -1003,9 +1174,9 @@ def start_without_pretraining(model):
 
 def draw_demo_images(folder):
     """Draw 12 pictures of each of 102 species, 8 for training and 4 for validation, as own images lie."""
-    if any(folder.glob("*")) and not (folder / "train" / "species 001").is_dir():
+    if folder.is_file() or any(folder.glob("*")) and not (folder / "train" / "species 001").is_dir():
         raise UserError(f"{folder} holds other files than the demo's: leave out --data-dir or set another")
-    for species, number in progress(list(np.ndindex(102, 12)), 102 * 12, "drawing"):
+    for species, number in progress(list(np.ndindex(102, 12)), "drawing"):
         path = folder / ("train" if number < 8 else "val") / f"species {species + 1:03d}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_flower(species, number).save(path)
@@ -1024,74 +1195,61 @@ def draw_flower(species, number, size=96):
     return Image.fromarray((picture * pose.uniform(150, 255)).astype(np.uint8))
 
 
-# ---- Command line ----------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
     """Bad input; the message says in one line what is wrong and what to do."""
 
 
-class RunError(Exception):
-    """A run that cannot go on; the message says in one line why and what is safe."""
-
-
-NUMBERS = (  # the type of options, and their lowest and highest value
-    (int, 0, 9, "unfreeze_last_blocks"), (int, 2, 100, "folds"), (int, -1, 512, "num_workers"),
-    (int, 32, 2048, "img_size"), (int, 1, 2**31, "views batch_size"),
-    (int, 0, 2**63 - 1, "epochs_stage1 epochs_stage2 seed"), (float, 0, 1, "crop"),
-    (float, 1e-9, 1, "shrinkage layer_decay"), (float, 0.001, 0.999, "val_fraction"),
-    (float, 1e-12, 1e12, "lr_stage1 lr_stage2 blocks_lr_factor clip_norm"),
-    (bool, False, True, "skip_unreadable train_depthwise cross_fit refit_head amp demo fresh"))
-
-
 def parse_command_line(argv):
     """The configuration as a namespace: every constant by its lower-case name, and the modes."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {readable(message)} (see --help)\n")  # one line
-    parser.format_help = lambda: __doc__ + Path(__file__).read_text("utf-8").split("# ----")[1].lstrip(" -")
-    modes = {"demo": False, "fresh": False, "predict": (), "checkpoint": ""}
-    numbers = {name: row for *row, names in NUMBERS for name in names.split()}
-    for name, value in (CONSTANTS | modes | (DEMO if "--demo" in argv else {})).items():
-        kind, *_ = numbers.get(name, [type(value)])
-        if kind not in (int, float, bool):
-            kind = os.path.expanduser  # texts may be paths that start with ~
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [options]", description=(
+        "Two-stage transfer learning on Flowers-102 or own images. Each constant at the top of the file is an option."))
+    parser.error = lambda message: parser.exit(2, "error: " + message.replace("\n", " ") + " (see --help)\n")
+    parser.add_argument("--demo", action="store_true", help="the whole run on drawn flowers: no download, a minute")
+    parser.add_argument("--fresh", action="store_true", help="start anew; files of an earlier run are moved aside")
+    parser.add_argument("--predict", nargs="+", default=(), metavar="PATH", help="name what images or folders show")
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help="for --predict: another one than the best")
+    comments = dict(re.findall(r"^([A-Z_0-9]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
+    for name, value in (CONSTANTS | (DEMO if "--demo" in argv else {})).items():
+        several = isinstance(value, (tuple, list))
+        kind, shown = type(value[0] if several else value), " ".join(map(str, value)) if several else value
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": kind, "nargs": "+" if isinstance(value, tuple) else None}
-        parser.add_argument("--" + name.replace("_", "-"), default=value, **how)
+            "type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__.upper(),
+            "nargs": "+" if several else None}
+        parser.add_argument("--" + name.replace("_", "-"), default=value, **how,
+                            help=f"{comments.get(name.upper(), '')} (default: {shown})".replace("%", "%%"))
     cfg = parser.parse_args(argv)
+    vars(cfg).update({name: tuple(value) for name, value in vars(cfg).items() if isinstance(value, list)})
     rules = {
-        "IMG_SIZE must be two numbers, height and width": np.size(cfg.img_size) == 2,
-        "EVAL_SPLITS must be val, test or both":
-            sorted(cfg.eval_splits) in (["test"], ["test", "val"], ["val"]),
+        "IMG_SIZE must be two numbers from 32": np.size(cfg.img_size) == 2 and min(cfg.img_size) >= 32,
+        "TRAIN_SPLITS must be train, or train val": set(cfg.train_splits) in ({"train"}, {"train", "val"}),
+        "EVAL_SPLITS must be val, test or both": set(cfg.eval_splits) in ({"val"}, {"test"}, {"val", "test"}),
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
         "RUN_NAME must be a file name": cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip("."),
+        "UNFREEZE_LAST_BLOCKS must be from 0 to 9": 0 <= cfg.unfreeze_last_blocks <= 9,
+        "CROP, VAL_FRACTION and SHRINKAGE must be from 0 to 1": all(
+            0 <= share <= 1 for share in (cfg.crop, cfg.val_fraction, cfg.shrinkage)),
+        "VIEWS and BATCH_SIZE must be at least 1, FOLDS 2": min(cfg.views, cfg.batch_size, cfg.folds - 1) >= 1,
+        "epochs and SEED must not be negative": min(cfg.epochs_stage1, cfg.epochs_stage2, cfg.seed) >= 0,
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
-    for rule, kept in rules.items():
-        if not kept:
-            parser.error(rule)
-    cfg.img_size, cfg.eval_splits = tuple(cfg.img_size), tuple(cfg.eval_splits)
-    for name, (kind, low, high) in numbers.items():
-        value = getattr(cfg, name)
-        for part in value if isinstance(value, tuple) else [value]:
-            if not isinstance(part, (int, float) if kind is float else kind) or not low <= part <= high:
-                parser.error(f"{name.upper()} must be from {low} to {high}, not {part!r}")
+    if broken := [rule for rule, kept in rules.items() if not kept]:
+        parser.error("; ".join(broken))
     return cfg
 
 
 def choose_device(cfg):
-    """Put a torch.device that works in place of DEVICE, and choose the precision."""
+    """Put a torch.device in place of DEVICE, and choose the precision."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: the same bits each time
-    gpus = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    for name in [*gpus, "cpu"] if cfg.device == "auto" else [cfg.device]:
-        try:
-            F.conv2d(*torch.ones(2, 1, 1, 1, 1, device=name)).item()
-            break
-        except (RuntimeError, AssertionError) as error:
-            if cfg.device != "auto":
-                raise UserError(f"no device {name!r} ({one_line(error)}): set --device to auto") from None
-            print(f"device     going on without {name}, which does not work: {one_line(error)}")
-    cfg.device, processor = torch.device(name), torch.cpu.get_capabilities()
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        cfg.device = torch.device(gpu if cfg.device == "auto" else cfg.device)
+        torch.zeros(1, device=cfg.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"no device {cfg.device} ({one_line(error)}): set --device to auto or cpu") from None
     torch.use_deterministic_algorithms(cfg.device.type == "cuda", warn_only=True)
+    processor = torch.cpu.get_capabilities()
     bfloat16 = processor.get("avx512_bf16") or processor.get("bf16")  # elsewhere it is slower than float32
     half = {"cuda": torch.float16, "cpu": torch.bfloat16 if bfloat16 else torch.float32}
     cfg.dtype = half.get(cfg.device.type, torch.float32) if cfg.amp else torch.float32
@@ -1111,29 +1269,25 @@ def train_and_report(cfg):
     if pretrained is None:
         start_without_pretraining(model)
     backbone, blocks = split_model(model, cfg.unfreeze_last_blocks)
-    frozen = Frozen(backbone, cfg)
     total, head, tail = (sum(map(torch.numel, net.parameters())) for net in (model, model.classifier, blocks))
     print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters\n"
           f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
-    inputs = {name: activations_once(name, split, frozen, cfg) for name, split in data.splits.items()}
-    run = Run(model, data, cfg)
-    train(blocks, inputs, run, cfg)
-    report(blocks, inputs, data, run, cfg)
-
-
-SIGNALS = []  # an exception that a handler raises within a destructor is lost: `progress` looks here too
-
-
-def stop(number, _frame):
-    """Signal handler: an exception, so that workers are ended on the way out; a second signal kills."""
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    frozen_part = FrozenLayers(backbone, cfg)
+    activations = {split: frozen_activations(table, frozen_part, cfg.views if split == "train" else 0, cfg)
+                   for split, table in data.tables.items() if split != "test"}
+    remove_old_activations({part.fingerprint[:32] for part in activations.values()}, cfg)
+    run = take_up_run(model, data, cfg)
+    train(model, blocks, activations, run, cfg)
+    if "test" in data.tables:  # nobody waits for these before the training
+        data.tables["test"] = check_images(data.tables["test"], cfg)
+        tell_copies(pd.concat(data.tables.values()))
+        activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
+    report(model, blocks, {name: activations[name] for name in ("val", "test") if name in cfg.eval_splits
+                           and name in activations}, data, run, cfg)
 
 
 def main(argv=()):
-    """The program; returns its exit code: 2 for bad input, 1 for a failed run, 128 + number for a signal."""
-    SIGNALS.clear()  # of an earlier call
+    """The program; returns its exit code: 2 for bad input, 1 for failures, 130 for Ctrl-C, 141 for a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without the letters of a name shows their codes
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -1142,34 +1296,44 @@ def main(argv=()):
         choose_device(cfg)
         if cfg.predict:
             return predict(cfg)
-        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(cfg.out_dir) / f".{cfg.run_name}.lock", timeout=0):
+        lock = Path(cfg.out_dir) / f".{cfg.run_name}.lock"
+        try:
+            Path(cfg.out_dir, "activations").mkdir(parents=True, exist_ok=True)
+            held = FileLock(lock, timeout=0).acquire()
+        except Timeout:
+            raise UserError(f"another run of {cfg.run_name} is going on: wait for it, or set --run-name; if there is "
+                            f"none, as its machine is gone, delete {lock}") from None
+        except (OSError, NotImplementedError) as error:
+            raise UserError(f"cannot write or lock {lock} ({one_line(error)}): set --out-dir") from None
+        with held:
             train_and_report(cfg)
         return 0
-    except (UserError, RunError) as error:
-        code, message = 2 if isinstance(error, UserError) else 1, str(error)
-    except Timeout:
-        code, message = 2, f"another run of {cfg.run_name} is going on: wait for it, or set --run-name"
+    except UserError as error:
+        code, message = 2, str(error).rpartition("UserError: ")[2].strip()  # from a worker it comes with its traceback
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        code = 2 if error.filename else 1  # a full or broken disk names no file
-        message = f"{one_line(error)}: make room, or name another place (--out-dir, --data-dir)"
-    except (MemoryError, RuntimeError) as error:  # a worker that the system kills is out of memory too
-        signs = "MemoryError", "out of memory", "you tried to allocate", "DataLoader worker (pid"
+        return 141
+    except KeyboardInterrupt:
+        saved = "" if cfg.predict else ": what is done is saved, and the same command without --fresh goes on"
+        print(f"stopped{saved}", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        signs = "MemoryError", "OutOfMemory", "out of memory", "allocate memory", "killed by signal: Killed"
         if not any(sign in repr(error) for sign in signs):
             raise
         code, message = 1, f"out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
-    except KeyboardInterrupt:
-        safe = "" if cfg.predict else ": finished epochs are saved; the same command without --fresh goes on"
-        print(f"stopped{safe}", file=sys.stderr)
-        return 128 + (SIGNALS or [signal.SIGINT])[0]
-    print(f"error: {readable(message)}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        code, message = 1, f"no room left in {cfg.out_dir} ({error.strerror}): what was saved before is whole"
+    print("error: " + message.replace("\n", " "), file=sys.stderr)
     return code
 
 
-# ---- Small helpers ---------------------------------------------------------------------------------------
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
+
+print_once = cache(print)
+progress = partial(tqdm, disable=None, leave=False)  # a bar, where somebody watches
 
 
 def listing(items, limit=3):
@@ -1183,39 +1347,6 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def readable(text):
-    """Text with codes for what no terminal shows: line breaks, control characters, bytes of no letter."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def progress(batches, images, what):
-    """Pass batches of so many images on: a bar where somebody watches, else one line after a long phase."""
-    start = time.monotonic()
-    with tqdm(total=images, desc=what, disable=None, leave=False, unit=" images") as bar:
-        watched = not bar.disable
-        for number, batch in enumerate(batches, 1):
-            if SIGNALS:
-                raise KeyboardInterrupt
-            yield batch
-            bar.update(images * number // len(batches) - bar.n)
-    if not watched and (seconds := time.monotonic() - start) > 5:
-        print(f"{what}: {images:,} images in {seconds:.0f} s", file=sys.stderr)
-
-
-def moments(features, labels, images, classes):
-    """Of the rows `images` of features [N, V, D]: counts [classes], sums [classes, D] and products [D, D].
-
-    Those of two sets of images that share none add up to those of both.
-    """
-    counts = labels[images].bincount(minlength=classes) * features.shape[1]
-    sums, products = torch.zeros(2, 1, 1, dtype=torch.float64)
-    for rows in images.split(512):  # the features of all images may be larger than the memory
-        part = features[rows.cpu()].to(labels.device).float().flatten(0, 1)
-        targets = F.one_hot(labels[rows].repeat_interleave(features.shape[1]), classes).float()
-        sums, products = sums + (targets.T @ part).cpu(), products + (part.T @ part).cpu()
-    return counts.cpu(), sums, products
-
-
 def digest(value):
     """SHA-256, in hexadecimal, of tensors and plain values in lists and dicts of any depth."""
     if isinstance(value, torch.Tensor):
@@ -1225,20 +1356,28 @@ def digest(value):
     return hashlib.sha256(repr(value).encode(errors="backslashreplace")).hexdigest()
 
 
-def mix_seed(*parts):
-    """One seed from several numbers and words: no two lists of parts share a random stream."""
-    return int(digest(parts)[:15], 16)
+@cache
+def code_of(without=frozenset()):
+    """The definitions that decide results, as {name: text}; comments, docstrings and layout do not count.
 
-
-def source_of(function):
-    """The source of a function or, where there is none, its bytecode."""
-    with suppress(OSError):
-        return inspect.getsource(function)
-    return repr((function.__code__.co_code, function.__code__.co_consts, function.__code__.co_names))
+    All rooms count but those named here, so that what somebody adds to a room or in a new one counts unlisted.
+    """
+    without = {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
+               "Command line", "Helpers", *without}
+    if not source:  # then any edit counts, and any constant
+        return {"the cell": repr(marshal.dumps(module_code, 2)) + " ".join(f"cfg.{name}" for name in CONSTANTS)}
+    definitions, rooms = {}, re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)[1:]
+    for room, text in zip(rooms[::2], rooms[1::2]):
+        for node in ast.parse(text).body if room not in without else ():
+            for part in ast.walk(node):
+                if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+                    part.body = part.body[1:] or [ast.Pass()]
+            name = getattr(node, "name", ast.unparse(node).split(" = ")[0])
+            if name.lower() not in CONSTANTS:  # which count by their values
+                definitions[name] = definitions.get(name, "") + ast.unparse(node)
+    return definitions
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM) if as_script else ():
-        signal.signal(number, stop)
-    if code := main(sys.argv[1:] if as_script else ()):  # a notebook's arguments are its own
+    if code := main(sys.argv[1:] if "__file__" in globals() else ()):  # a notebook's arguments are its own
         sys.exit(code)

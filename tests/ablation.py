@@ -2,10 +2,15 @@
 
     python tests/ablation.py --data-dir data --weights FILE [--seeds 0 1 2 3 4] [--rows NAME ...] [any other option]
 
-Each row of RECIPES is a run of the program with that row's options, over several seeds. A seed's activations are
-computed once, by its first run, and lie in OUT_DIR (default runs/ablation); results.csv there keeps what is known, so
-that an interrupted table goes on. To try a lever, add a constant to the program and a row here. Decide by the paired
-gain over five seeds: single runs differ by up to a point without any cause.
+Random halves: recipes that are chosen on fixed validation images learn these images; 0.8 points gained there were 0.3
+on test. So each seed deals the labelled images (train and val) anew, half of each class to train on, half to judge;
+seed 0 keeps the official split. Rows are compared on the same halves, by the paired gain ± its standard error, at the
+end of the run: the best epoch is chosen by the judging images. Single runs differ by a point without any cause: decide
+by five seeds, and what gains less than two standard errors is not worth a constant.
+
+All rows of a seed share its activations, in OUT_DIR (default runs/ablation). results.csv there keeps what is known, so
+that an interrupted table goes on; its key is of all constants and the program's code: what was edited is run again.
+To try a lever, add a constant to the program and a row here.
 """
 import argparse
 import contextlib
@@ -29,10 +34,22 @@ RECIPES = {
     "+ blocks at ten times the head's rate": ("+ cross-fitting", PLAIN[6:]),
     "+ clipped gradients (default)": ("+ blocks at ten times the head's rate", []),
 }
+CURVE = ["epoch 0", "stage 1", "first of stage 2", "before refit", "end", "best"]  # validation accuracies of a run
+
+
+def find_halves(cfg, find_images=program.find_images):
+    """The program's find_images, but for another seed than 0 the images of train and val are dealt anew."""
+    data = find_images(cfg)
+    if cfg.seed:
+        labelled = pd.concat([data.tables["train"], data.tables["val"]], ignore_index=True)
+        half = labelled.groupby("label").sample(frac=0.5, random_state=program.mix_seed(cfg.seed, "halves") % 2**32)
+        trains = labelled.index.isin(half.index)
+        data.tables.update(train=labelled[trains].assign(split="train"), val=labelled[~trains].assign(split="val"))
+    return data
 
 
 def run(options, seed, folder):
-    """The program's history of one run: a table with a row per epoch."""
+    """The validation accuracies of one run of the program, in percent, by the names in CURVE."""
     name = f"seed{seed}"
     argv = [*options, "--seed", str(seed), "--run-name", name, "--out-dir", str(folder), "--eval-splits", "val"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -41,47 +58,52 @@ def run(options, seed, folder):
         sys.exit(f"seed {seed}, {' '.join(options)}: the program ended with code {code}")
     for old in folder.glob(f"{name}_old*"):
         shutil.rmtree(old)
-    return pd.read_csv(folder / f"{name}_history.csv")
+    history = pd.read_csv(folder / f"{name}_history.csv", dtype={"epoch": str})
+    accuracy = 100 * history.val_acc
+    tuned = accuracy[(history.stage == 2) & (history.epoch != "refit")]
+    return dict(zip(CURVE, (accuracy[0], accuracy[history.stage == 1].iloc[-1], tuned[:1].mean(), tuned[-1:].mean(),
+                            accuracy.iloc[-1], accuracy.max())))
 
 
-def table(results):
-    """The results as the README shows them: mean ± standard deviation, and the paired gain ± its standard error."""
-    lines = ["| recipe | options | validation | last epoch | epoch 0 | gain | seeds |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    best = results.pivot(index="seed", columns="recipe", values="best")
+def table(rows):
+    """{name: accuracies by seed} as the README shows it: means ± standard deviations, gains ± standard errors."""
+    lines = [f"| recipe | options | {' | '.join(CURVE)} | gain at the end | seeds |", "| --- " * (4 + len(CURVE)) + "|"]
     for name, (before, options) in RECIPES.items():
-        rows = results[results.recipe == name]
-        if rows.empty:
+        known = rows[name].dropna(how="all")
+        if known.empty:
             continue
-        gain = (best[name] - best[before]).dropna() if before in best else pd.Series(dtype=float)
-        gained = f"{gain.mean():+.1f} ± {gain.std() / len(gain) ** 0.5:.1f}" if len(gain) > 1 else ""
-        figures = " | ".join(f"{rows[key].mean():.2f} ± {rows[key].std():.2f} %" for key in ("best", "last", "epoch0"))
-        lines.append(f"| {name} | `{' '.join(options)}` | {figures} | {gained} | {len(rows)} |")
-    return "\n".join(lines)
+        gain = (rows[name].end - rows[before].end).dropna() if before else ()
+        gained = f"{gain.mean():+.2f} ± {gain.sem():.2f}" if len(gain) > 1 else ""
+        figures = " | ".join(f"{known[key].mean():.2f} ± {known[key].std():.2f} %" for key in CURVE)
+        lines.append(f"| {name} | `{' '.join(options)}` | {figures} | {gained} | {len(known)} |")
+    return "\n".join(lines).replace("``", "").replace(" ± nan", "").replace("nan %", "")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/ablation"))
     args, options = parser.parse_known_args()
+    program.find_images = find_halves
     program.report = lambda *_args: None  # figures take time, and only the history is read here
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    file = args.out_dir / "results.csv"
-    columns = ["recipe", "options", "seed", "best", "last", "epoch0"]
-    results = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=columns)
+    file, code = args.out_dir / "results.csv", program.code_of()
+    configs = {(name, seed): program.parse_command_line([*options, *own, "--seed", str(seed)])
+               for name, (_, own) in RECIPES.items() for seed in args.seeds}
+    keys = {place: program.digest([code, vars(cfg)]) for place, cfg in configs.items()}
+    results = pd.read_csv(file, index_col="key") if file.exists() else pd.DataFrame(columns=["recipe", "seed", *CURVE])
     for seed in args.seeds:
-        for recipe in args.rows:
-            all_options = [*options, *RECIPES[recipe][1]]
-            if ((results.options == " ".join(all_options)) & (results.seed == seed)).any():
+        for name in args.rows:
+            if keys[name, seed] in results.index:
                 continue
-            accuracy = 100 * run(all_options, seed, args.out_dir).val_acc
-            row = {"recipe": recipe, "options": " ".join(all_options), "seed": seed, "best": accuracy.max(),
-                   "last": accuracy.iloc[-1], "epoch0": accuracy.iloc[0]}
-            results = pd.concat([results, pd.DataFrame([row])], ignore_index=True)
-            results.to_csv(file, index=False)
-            print(f"{recipe}, seed {seed}: {row['best']:.2f} %", flush=True)
-    print(table(results[results.options.isin([" ".join([*options, *recipe]) for _, recipe in RECIPES.values()])]))
+            accuracies = run([*options, *RECIPES[name][1]], seed, args.out_dir)
+            results.loc[keys[name, seed]] = {"recipe": name, "seed": seed, **accuracies}
+            results.to_csv(file, index_label="key")
+            print(f"{name}, seed {seed}:", *(f" {key} {value:.2f}" for key, value in accuracies.items()), flush=True)
+    by_seed = {name: results.reindex([keys[name, seed] for seed in args.seeds]) for name in RECIPES}
+    print(table({name: rows[CURVE].astype(float).set_axis(args.seeds) for name, rows in by_seed.items()}))
 
 
 if __name__ == "__main__":

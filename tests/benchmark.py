@@ -1,28 +1,34 @@
 """How much faster than a plain training loop is the program, and where does its time go?
 
-    python tests/benchmark.py [--data-dir data] [--weights FILE] [any other option of the program]
+    python tests/benchmark.py [--curves FILE.csv] [--data-dir data] [--weights FILE] [any other option of the program]
+    ... --plain-full --curves FILE.csv           nothing but the plain loop, in full (on two cores 45 minutes)
+    ... --label "longer run" --curves FILE.csv   nothing but one run of the program, under this name
+    ... --plot FIGURE.png --curves FILE.csv      accuracy against seconds, as the others have put them into FILE.csv
 
-The plain loop decodes and augments each image in every epoch in the main process and sends it through all of B3 in
-float32, for training and for validation. A few batches of each of its stages are timed before and after the runs of
-the program, and the medians are extrapolated to the full schedule. The program runs from nothing, then again with
-other constants of stage 2, then on a tenth of the training images (to compare the memory), and names the flowers of
-all images. Without --data-dir it draws its own images.
+The plain loop is the textbook's: each image decoded, augmented and sent through all of B3 in every epoch, BatchNorm in
+train mode, validation after each epoch and a last evaluation. On CUDA it has AMP, channels_last, a worker per core and
+pinned memory, and runs in full; on a CPU, in float32 and without workers, a few batches of each kind are timed before
+and after the runs of the program, and their medians extrapolated. The program runs from nothing, then again after an
+edit (LR_STAGE2 doubled), then on a tenth of the training images (to compare the memory), and names the flowers of all
+images. All seconds of real runs count from the start of Python. Without --data-dir it draws its own images.
 """
-import json
+import argparse
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import pandas as pd
 import torch
 from PIL import Image
+from sklearn.metrics import classification_report
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -32,14 +38,15 @@ import efficientnet_b3 as program  # noqa: E402
 
 BATCHES = 2  # of each kind that are timed in a round, after one that warms up
 ROUNDS = 2  # before the program's runs, and as many after them
+EPOCH = r" +[12] +(\d+|refit) "  # how a line of the program's table of epochs starts
 
 
 class Images(Dataset):
     """Files decoded, resized and augmented (or not) each time they are asked for."""
 
-    def __init__(self, split, cfg, augment):
+    def __init__(self, table, cfg, augment):
         transforms = program.make_transforms(cfg)
-        self.paths, self.labels = split.paths, split.labels
+        self.paths, self.labels = table.path.tolist(), table.label.tolist()
         last = transforms.augment if augment else transforms.centre
         self.transform = v2.Compose([transforms.resize, last, v2.ToImage(), transforms.normalize])
 
@@ -51,36 +58,88 @@ class Images(Dataset):
 
 
 class PlainLoop:
-    """The textbook loop: no workers, float32, the whole model on every image in every epoch."""
+    """The textbook's loop: every image through the whole model in every epoch."""
 
     def __init__(self, data, cfg):
-        self.cfg = cfg
-        self.model = program.build_model(len(data.class_names), program.load_pretrained(cfg.weights)).to(cfg.device)
-        self.loaders = {name: DataLoader(Images(data.splits[name], cfg, augment=name == "train"), cfg.batch_size,
-                                         shuffle=True) for name in ("train", "val")}
+        self.cfg, self.device, self.on_cuda = cfg, cfg.device, cfg.device.type == "cuda"
+        self.layout = torch.channels_last if self.on_cuda else torch.preserve_format
+        torch.use_deterministic_algorithms(False)  # which the program demands of itself
+        model = program.build_model(len(data.class_names), program.load_pretrained(cfg.weights))
+        self.model = model.to(self.device, memory_format=self.layout)
+        fast = {"num_workers": program.cpu_count(), "pin_memory": True, "persistent_workers": True}
+        loader = partial(DataLoader, **fast if self.on_cuda else {})
+        self.training = loader(Images(data.tables["train"], cfg, augment=True), 32, shuffle=True)
+        self.validation = loader(Images(data.tables["val"], cfg, augment=False), 128 if self.on_cuda else 32)
 
-    def seconds_per_image(self, kind):
-        """Of `kind` "stage 1", "stage 2" (training), "validation" or "forward" (without making the batches)."""
-        blocks = {"stage 1": 0, "stage 2": self.cfg.unfreeze_last_blocks}.get(kind)
-        self.model.requires_grad_(False).train(blocks is not None)
-        if blocks is not None:
-            self.model.classifier.requires_grad_(True)
-            self.model.features[len(self.model.features) - blocks:].requires_grad_(True)
-            optimizer = torch.optim.Adam(p for p in self.model.parameters() if p.requires_grad)
-        batches = iter(self.loaders["val" if blocks is None else "train"])
-        if kind == "forward":
-            batches = iter([next(batches)] * (BATCHES + 1))
-        for number in range(BATCHES + 1):
-            if number == 1:
-                start = time.perf_counter()
-            images, labels = (part.to(self.cfg.device) for part in next(batches))
-            loss = nn.functional.cross_entropy(self.model(images), labels)
-            if blocks is not None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            loss.item()  # waits for the device
-        return (time.perf_counter() - start) / BATCHES / len(images)
+    def start_stage(self, blocks, rate):
+        """Train the head and so many of the last blocks from now on."""
+        self.model.requires_grad_(False)
+        self.model.classifier.requires_grad_(True)
+        self.model.features[len(self.model.features) - blocks:].requires_grad_(True)
+        self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], rate)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.on_cuda)
+
+    def logits(self, images):
+        images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.on_cuda):
+            return self.model(images)
+
+    def train(self, batches):
+        self.model.train()
+        for images, labels in batches:
+            loss = nn.functional.cross_entropy(self.logits(images), labels.to(self.device, non_blocking=True))
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    @torch.inference_mode()
+    def evaluate(self, batches):
+        """Labels and predictions."""
+        self.model.eval()
+        pairs = [(labels, self.logits(images).argmax(1).cpu()) for images, labels in batches]
+        return map(torch.cat, zip(*pairs))
+
+    def in_full(self, begun):
+        """Train all epochs; returns a table of the seconds since `begun` and the validation accuracy after each."""
+        rows = []
+        for epochs, blocks, rate in ((self.cfg.epochs_stage1, 0, 1e-3),
+                                     (self.cfg.epochs_stage2, self.cfg.unfreeze_last_blocks, 1e-4)):
+            self.start_stage(blocks, rate)
+            for _ in range(epochs):
+                self.train(self.training)
+                labels, predicted = self.evaluate(self.validation)
+                rows.append((time.perf_counter() - begun, (labels == predicted).float().mean().item()))
+        classification_report(*self.evaluate(self.validation), zero_division=0)
+        rows.append((time.perf_counter() - begun, rows[-1][1]))
+        return pd.DataFrame(rows, columns=["seconds", "accuracy"])
+
+    def seconds_per_image(self):
+        """Of each kind of work, by a few batches, which are read meanwhile unless it is "forward alone"."""
+        seconds = {}
+        for kind in ("forward alone", "stage 1", "stage 2", "validation"):
+            self.start_stage(self.cfg.unfreeze_last_blocks if kind == "stage 2" else 0, 1e-9)
+            training = kind.startswith("stage")
+            work, loader = (self.train, self.training) if training else (self.evaluate, self.validation)
+            batches = chain.from_iterable(repeat(loader))
+            if kind == "forward alone":
+                batches = repeat(next(batches))
+            work([next(batches)])
+            start = time.perf_counter()
+            work(islice(batches, BATCHES))
+            seconds[kind] = (time.perf_counter() - start) / (BATCHES * loader.batch_size)
+        return seconds
+
+
+def plain_loop_in_full(data, cfg, file):
+    """Print and keep the curve of the plain loop; returns its seconds, with those of importing what it needs."""
+    begun = time.perf_counter()
+    imports = f"import torch, torchvision, sklearn.metrics; torch.zeros(1, device={str(cfg.device)!r})"
+    subprocess.run([sys.executable, "-c", imports], check=True)
+    curve = PlainLoop(data, cfg).in_full(begun)
+    keep({"plain loop": curve}, file)
+    print("\nplain loop in full", curve.to_string(), sep="\n")
+    return curve.seconds.iloc[-1]
 
 
 def memory_of_group(leader):
@@ -97,8 +156,8 @@ def memory_of_group(leader):
 
 
 def whole_run(argv):
-    """The program from the start of Python to its end: seconds, peak memory in bytes, what it printed."""
-    start, peak, ended = time.perf_counter(), 0, threading.Event()
+    """The program from the start of Python to its end: seconds, peak memory in bytes, [(seconds, printed line)]."""
+    start, peak, ended, lines = time.perf_counter(), 0, threading.Event(), []
     process = subprocess.Popen([sys.executable, program.__file__, *argv], start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -109,85 +168,132 @@ def whole_run(argv):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    printed = process.communicate()[0]
-    seconds = time.perf_counter() - start
+    for line in process.stdout:
+        lines.append((time.perf_counter() - start, line.rstrip()))
+    code, seconds = process.wait(), time.perf_counter() - start
     ended.set()
     watcher.join()
-    if process.returncode:
-        sys.exit(f"the program ended with code {process.returncode}:\n{printed}")
-    return seconds, peak, printed
+    if code:
+        sys.exit("\n".join([f"the program ended with code {code}:", *(line for _, line in lines)]))
+    return seconds, peak, lines
+
+
+def curve_of(lines, folder):
+    """The curve of a run of the program: its accuracies, and when it printed their lines."""
+    times = [seconds for seconds, line in lines if re.match(EPOCH, line)]
+    return pd.DataFrame({"seconds": times, "accuracy": pd.read_csv(Path(folder, "b_history.csv")).val_acc})
+
+
+def keep(curves, file):
+    """Put {label: curve} in place of earlier ones of these labels into the file that --plot reads."""
+    if file:
+        old = pd.read_csv(file) if file.exists() else pd.DataFrame({"label": []})
+        new = [table.assign(label=label) for label, table in curves.items()]
+        pd.concat([old[~old.label.isin(list(curves))], *new]).to_csv(file, index=False)
+
+
+def plot(curves, file):
+    """Validation accuracy against seconds on a logarithmic scale, a line for each label."""
+    figure = program.Figure((7.5, 4.2), layout="constrained")
+    axes, colours = figure.subplots(), program.sns.color_palette("colorblind")
+    for colour, (label, rows) in zip(colours, curves.groupby("label", sort=False)):
+        axes.plot(rows.seconds, 100 * rows.accuracy, ".-", c=colour, lw=2,
+                  label=f"{label}: {rows.accuracy.max():.1%}, {rows.seconds.max():,.0f} s")
+    ticks = {10: "10 s", 30: "30 s", 60: "1 min", 300: "5 min", 600: "10 min", 1800: "30 min", 3600: "1 h"}
+    axes.set(xscale="log", xlabel="Time since the start of Python", ylabel="Validation accuracy (%)")
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.minorticks_off()
+    axes.set_xlim(0.8 * curves.seconds.min(), 1.25 * curves.seconds.max())
+    axes.grid(alpha=0.3)
+    axes.legend(title="best accuracy, time of the last epoch")
+    figure.savefig(file, dpi=150)
 
 
 def draw_images(folder):
     """102 classes, ten copies of one drawn flower of 500 pixels in train and in val."""
     for species in range(102):
         for number, split in enumerate(("train", "val")):
-            path = Path(folder, split, f"{species:03d}")
+            path = folder / split / f"{species:03d}"
             path.mkdir(parents=True)
             picture = program.draw_flower(species, number, 500)
             for copy in range(10):
                 picture.save(path / f"{copy}.jpg", quality=90)
 
 
-def benchmark(argv, folder):
-    """Measure everything and print the tables."""
+def measure_program(argv, data, cfg, folder, file):
+    """Print the seconds of all runs of the program and its memory; returns those of the first two."""
+    seconds, peak, lines = whole_run(argv)
+    curves = {"default": curve_of(lines, folder)}
+    edited, _, edited_lines = whole_run([*argv, "--lr-stage2", str(2 * cfg.lr_stage2)])
+    keep(curves | {"after an edit": curve_of(edited_lines, folder)}, file)
+    train, val = data.tables["train"], data.tables["val"]
+    paths = [str(path) for path in (*train.path, *val.path)]
+    predicted, _, _ = whole_run([*argv, "--predict", *paths])
+    few = train.groupby("label").head(max(1, len(train) // len(data.class_names) // 10))  # each class keeps an image
+    for row in pd.concat([few, val]).itertuples():
+        place = folder / "tenth" / row.split / f"{row.label:03d}" / row.path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(row.path, place)
+    _, small_peak, _ = whole_run([*argv, "--data-dir", str(folder / "tenth"), "--run-name", "tenth"])
+    print(f"\n{len(train)} training and {len(val)} validation images; seconds at which the program printed its lines")
+    told = f"(device|data|model|frozen|best epoch|stage epoch)\\b|{EPOCH}|val, "
+    for title, printed in (("\nfrom nothing", lines), ("\nafter an edit", edited_lines)):
+        print(title, *(f"{at:6.1f} {line}" for at, line in printed if re.match(told, line)), sep="\n")
+    print(f"\nprediction, with its start: {len(paths)} images, {predicted:.0f} s, {len(paths) / predicted:.1f} per s\n"
+          f"peak memory of the program and its workers: {peak / 2**30:.2f} GiB; with a tenth of the training images "
+          f"{small_peak / 2**30:.2f} GiB")
+    return seconds, edited
+
+
+def benchmark(args, argv, folder):
+    """Measure everything, or what `args` name, and print it."""
     if "--data-dir" not in argv:
-        draw_images(Path(folder, "drawn"))
-        argv = [*argv, "--data-dir", str(Path(folder, "drawn")), "--weights", "none"]
-    argv = [*argv, "--out-dir", folder, "--run-name", "b", "--eval-splits", "val"]
+        draw_images(folder / "drawn")
+        argv = [*argv, "--data-dir", str(folder / "drawn"), "--weights", "none"]
+    argv = [*argv, "--out-dir", str(folder), "--run-name", "b", "--eval-splits", "val"]
+    if args.label:
+        seconds, _, lines = whole_run(argv)
+        keep({args.label: curve_of(lines, folder)}, args.curves)
+        return print(*(line for _, line in lines), f"\n{args.label}: {seconds:.0f} s", sep="\n")
     cfg = program.parse_command_line(argv)
     program.choose_device(cfg)
-    data = program.find_images(cfg)
-    plain, rounds = PlainLoop(data, cfg), []
+    data, on_cuda = program.find_images(cfg), cfg.device.type == "cuda"
+    print(torch.cuda.get_device_name() if on_cuda else f"{program.cpu_count()} cores", "torch", torch.__version__)
+    if args.plain_full:
+        return plain_loop_in_full(data, cfg, args.curves)
+    if on_cuda:
+        runs = measure_program(argv, data, cfg, folder, args.curves)
+        plain = plain_loop_in_full(data, cfg, args.curves)
+    else:
+        loop = PlainLoop(data, cfg)
+        rounds = [loop.seconds_per_image() for _ in range(ROUNDS)]
+        runs = measure_program(argv, data, cfg, folder, args.curves)
+        rounds += [loop.seconds_per_image() for _ in range(ROUNDS)]
+        cost, (train, val) = pd.DataFrame(rounds).median(), (len(data.tables[split]) for split in ("train", "val"))
+        plain = train * (cfg.epochs_stage1 * cost["stage 1"] + cfg.epochs_stage2 * cost["stage 2"])
+        plain += val * (cfg.epochs_stage1 + cfg.epochs_stage2 + 1) * cost["validation"]
+        print(f"\nplain loop, images per second, medians of {len(rounds)} rounds, extrapolated to all epochs\n"
+              f"{(1 / cost).round(1).to_string()}")
+    print(f"\nplain loop: {plain:.0f} s")
+    for name, seconds in zip(("program, from nothing", "after an edit (LR_STAGE2 doubled)"), runs):
+        print(f"{name}: {seconds:.0f} s, {plain / seconds:.1f} times faster")
 
-    def measure_rounds():
-        for _ in range(ROUNDS):
-            rounds.append({kind: plain.seconds_per_image(kind)
-                           for kind in ("stage 1", "stage 2", "validation", "forward")})
 
-    measure_rounds()
-    seconds, peak, printed = whole_run(argv)
-    history = pd.read_csv(Path(folder, "b_history.csv"))
-    metrics = json.loads(Path(folder, "b_metrics.json").read_text())["splits"]["val"]
-    again, _, _ = whole_run([*argv, "--lr-stage2", str(2 * cfg.lr_stage2), "--epochs-stage2", str(cfg.epochs_stage2 + 1)])
-    paths = [path for split in ("train", "val") for path in data.splits[split].paths]
-    predicted, _, _ = whole_run([*argv, "--predict", *map(str, paths)])
-    small = Path(folder, "tenth")
-    for split, part in data.splits.items():
-        for path, label in list(zip(part.paths, part.labels.tolist()))[::1 if split == "val" else 10]:
-            place = small / split / f"{label:03d}" / path.name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, place)
-    for label in range(len(data.class_names)):  # each class keeps an image
-        if not (small / "train" / f"{label:03d}").exists():
-            path = data.splits["train"].paths[data.splits["train"].labels.tolist().index(label)]
-            (small / "train" / f"{label:03d}").mkdir()
-            shutil.copy(path, small / "train" / f"{label:03d}")
-    _, small_peak, _ = whole_run([*argv, "--data-dir", str(small), "--run-name", "tenth"])
-    measure_rounds()
-    cost = {kind: statistics.median(part[kind] for part in rounds) for kind in rounds[0]}
-    train, val = (len(data.splits[name].paths) for name in ("train", "val"))
-    plain_seconds = (cfg.epochs_stage1 * (train * cost["stage 1"] + val * cost["validation"])
-                     + cfg.epochs_stage2 * (train * cost["stage 2"] + val * cost["validation"]))
-    device = torch.cuda.get_device_name() if cfg.device.type == "cuda" else f"{os.cpu_count()} processor cores"
-    print(f"{device}, torch {torch.__version__}, {train} training and {val} validation images; medians of "
-          f"{len(rounds)} rounds\n\nplain loop, float32               images/s")
-    for kind, words in (("forward", "forward pass alone"), ("stage 1", "training, stage 1"),
-                        ("stage 2", "training, stage 2"), ("validation", "validation")):
-        print(f"  {words:30} {1 / cost[kind]:9.1f}")
-    print("\nprogram, phases of five seconds and more, as it tells them")
-    print(*re.findall(r"^[a-z ]+: [0-9,]+ images in \d+ s$", printed, re.MULTILINE), sep="\n")
-    for stage, rows in history.groupby("stage"):
-        print(f"stage {stage}: {rows.seconds.sum():.1f} s, an epoch {rows.seconds.median():.1f} s")
-    print(f"\nplain loop, extrapolated from a few batches to all {cfg.epochs_stage1} + {cfg.epochs_stage2} epochs: "
-          f"{plain_seconds:.0f} s\nprogram, from the start of Python to its last file: {seconds:.0f} s, "
-          f"{plain_seconds / seconds:.1f} times faster\n"
-          f"run again with another LR_STAGE2 and one epoch more: {again:.0f} s, {plain_seconds / again:.1f} times faster\n"
-          f"prediction, with its start: {len(paths)} images in {predicted:.0f} s, {len(paths) / predicted:.1f} images/s\n"
-          f"peak memory of the program and its workers: {peak / 2**30:.2f} GiB; with a tenth of the training images "
-          f"{small_peak / 2**30:.2f} GiB\nvalidation accuracy of this run: {metrics['accuracy']:.2%}")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--curves", type=Path, metavar="FILE.csv", help="seconds, accuracy and label of real runs")
+    parser.add_argument("--plain-full", action="store_true", help="nothing but the plain loop, in full")
+    parser.add_argument("--label", help="nothing but one run of the program, under this name in --curves")
+    parser.add_argument("--plot", type=Path, metavar="FIGURE.png", help="draw what --curves holds, and nothing else")
+    args, argv = parser.parse_known_args()
+    if (args.plot or args.plain_full or args.label) and not args.curves:
+        parser.error("--plot, --plain-full and --label go with --curves FILE.csv")
+    if args.plot:
+        return plot(pd.read_csv(args.curves), args.plot)
+    with tempfile.TemporaryDirectory() as temporary:
+        benchmark(args, argv, Path(temporary))
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        benchmark(sys.argv[1:], temporary)
+    main()

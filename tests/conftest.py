@@ -1,20 +1,24 @@
 """Images that the tests draw themselves, options that make a run take seconds, and how files and lines are compared."""
 import hashlib
+import importlib.util
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from itertools import cycle
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102, flowers102
@@ -128,8 +132,7 @@ def finished(tmp_path_factory):
 def no_figures(monkeypatch):
     """Drawing figures would take a third of the time of a test that does not look at one."""
     monkeypatch.setattr(program.Figure, "savefig", lambda *_args, **_kw: None)
-    monkeypatch.setattr(program, "any_letters", nullcontext)
-    for name in ("plot_mistakes", "plot_confusion_matrix"):
+    for name in ("plot_mistakes", "plot_confusion_matrix", "plot_changes"):
         monkeypatch.setattr(program, name, lambda *_args: program.Figure())
 
 
@@ -157,8 +160,8 @@ def downloads(monkeypatch):
         tried.append(args)
         raise OSError("no network")
 
-    for module, name in ((program, "download_and_extract_archive"), (flowers102, "download_url"),
-                         (flowers102, "download_and_extract_archive"), (torch.hub, "download_url_to_file")):
+    for module, name in ((flowers102, "download_url"), (flowers102, "download_and_extract_archive"),
+                         (torch.hub, "download_url_to_file")):
         monkeypatch.setattr(module, name, fail)
     return tried
 
@@ -168,6 +171,19 @@ def weights(tmp_path):
     """A state dict of EfficientNet-B3 with random numbers, as somebody's own weights."""
     torch.save(program.build_model(2, seed=1).state_dict(), tmp_path / "weights.pth")
     return tmp_path / "weights.pth"
+
+
+def edited(path, *changes, append=""):
+    """A copy of the program in which somebody has edited lines, (old, new), imported as a module of its own."""
+    source = Path(program.__file__).read_text("utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, f"{source.count(old)} times in the program: {old}"
+        source = source.replace(old, new)
+    path.write_text(source.replace("\n# ---- Helpers", f"{append}\n\n# ---- Helpers"), "utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def settings(options, *extra):
@@ -185,13 +201,7 @@ def call(options):
         return stop.code
 
 
-def without_progress(text):
-    """What was said on stderr, but for the lines of long phases, which a busy machine may have."""
-    return re.sub(r"^[\w ]+: [\d,]+ images in \d+ s\n", "", text, flags=re.MULTILINE)
-
-
 def is_one_line(text, *phrases):
-    text = without_progress(text)
     return text.startswith("error: ") and text.count("\n") == 1 and all(phrase in text for phrase in phrases)
 
 
@@ -202,8 +212,9 @@ def start(*options, script=program.__file__, **environment):
 
 
 def history_of(folder):
-    """The rows of the history of the run `t`, as numbers."""
-    return pd.read_csv(folder / "t_history.csv").to_dict("records")
+    """The rows of the history of the run `t`, as numbers, but for the epoch of the refit."""
+    rows = pd.read_csv(folder / "t_history.csv", dtype={"epoch": str}).to_dict("records")
+    return [row | {"epoch": int(row["epoch"]) if row["epoch"].isdigit() else row["epoch"]} for row in rows]
 
 
 def figures_of(folder, split="val"):
@@ -238,6 +249,16 @@ def same(a, b):
     return a == b
 
 
-def activations(folder, name="*"):
-    """The activation files of the run `t`, and what changes whenever one is written anew."""
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob(f"t_activations_{name}_*.bin")}
+def activations(folder):
+    """The activation files of all runs in a folder, with their content."""
+    return {path: path.read_bytes() for path in folder.glob("activations/*.bin")}
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No figure is drawn at all, by edited copies of the program either."""
+    for name in ("subplots", "add_subplot", "add_axes", "legend", "suptitle"):
+        monkeypatch.setattr(Figure, name, lambda *_args, **_kw: MagicMock())
+    monkeypatch.setattr(Figure, "savefig", lambda *_args, **_kw: None)
+    monkeypatch.setattr(seaborn, "heatmap", lambda *_args, **_kw: None)
+    monkeypatch.setattr(program, "code_of", cache(program.code_of))

@@ -26,7 +26,7 @@ def test_a_killed_and_continued_run_equals_one_never_stopped(options, tmp_path, 
     options = options + ["--device", "cuda"]
     assert program.main(options) == 0
     assert "float16" in capsys.readouterr().out
-    whole = [tensors(tmp_path / "runs", name) for name in ("best", "last")]
+    whole = [tensors(tmp_path / "runs", name) for name in ("best", "last", "frozen")]
     replace, folder = os.replace, tmp_path / "killed"
 
     def replace_or_die(source, target):
@@ -40,7 +40,7 @@ def test_a_killed_and_continued_run_equals_one_never_stopped(options, tmp_path, 
         program.main(options + ["--out-dir", str(folder)])
     monkeypatch.setattr(program.os, "replace", replace)
     assert program.main(options + ["--out-dir", str(folder)]) == 0
-    for before, after in zip(whole, [tensors(folder, name) for name in ("best", "last")]):
+    for before, after in zip(whole, [tensors(folder, name) for name in ("best", "last", "frozen")]):
         assert before.keys() == after.keys()
         assert not [place for place in before if not torch.equal(before[place], after[place])]
 
@@ -62,5 +62,5 @@ def test_the_frozen_part_in_half_precision_is_close_to_the_model(options, own_im
     images = torch.stack([torch.from_numpy(program.load_views(path, 0, 0, cfg)) for path in paths])
     frozen, _ = program.split_model(model, 2)
     plain = frozen(program.make_transforms(cfg).normalize(images[:, 0].permute(0, 3, 1, 2).to(cfg.device))).cpu()
-    fast = program.Frozen(frozen, cfg)(images)[:, 0].float()
+    fast = program.FrozenLayers(frozen, cfg)(images)[:, 0].float()
     assert (fast - plain).norm() / plain.norm() < 0.15  # random weights

@@ -1,39 +1,53 @@
-"""What stands still is computed once, as the model itself would, and never taken from a half-written file."""
+"""What stands still is computed once, as the model would, and a pass that was cut short goes on to the same bits."""
+import json
 import os
+import shutil
 import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (ONE_EPOCH, activations, call, checkpoints, draw, is_one_line, real, same, settings,
-                      without_progress)
+from conftest import ONE_EPOCH, Killed, activations, call, checkpoints, draw, is_one_line, real, same, settings
+from filelock import FileLock
 
 import efficientnet_b3 as program
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
-
-def batches_of(tensor, size=4, log=None):
-    """A pass that notes in `log` what is asked of it."""
-    for part in tensor.split(size):
-        if log is not None:
-            log.append(len(part))
-        yield part
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
 def cfg(options, tmp_path):
     (tmp_path / "runs").mkdir()
-    return settings(options)
+    return settings(options, "--no-amp")
 
 
 @pytest.fixture
-def outputs(cfg):
-    return torch.randn(10, 2, 7, 3, 3).to(cfg.dtype)
+def outputs():
+    return torch.randn(300, 2, 7, 3, 3)
 
 
-def never():
+def never(_done):
     pytest.fail("computed again")
-    yield
+
+
+def batches_of(outputs, log=None):
+    """What computes the outputs, four at a time, and notes in `log` from where on it was asked."""
+    def compute(done):
+        if log is not None:
+            log.append(done)
+        yield from outputs[done:].split(4)
+    return compute
+
+
+def files_of(folder):
+    return list(enumerate(sorted(folder.glob("*/*.png"))))
+
+
+def outputs_of(layers, files, views, cfg):
+    return torch.cat(list(program.outputs_of_files(layers, files, views, cfg)))
 
 
 # What is computed
@@ -42,44 +56,42 @@ def never():
 @pytest.mark.parametrize("amp, tolerance", [("--no-amp", 1e-4), ("--amp", 0.15)])  # the latter: random weights
 @pytest.mark.parametrize("blocks", [0, 2, 9])
 def test_frozen_parts_say_what_the_model_itself_says(amp, tolerance, blocks, options, own_images):
-    cfg, paths = settings(options, amp), sorted(own_images.glob("val/*/*.png"))
+    cfg, files = settings(options, amp), files_of(own_images / "val")
     model = program.build_model(3)
     program.start_without_pretraining(model)
-    images = torch.cat([torch.from_numpy(program.load_views(path, 0, 0, cfg)) for path in paths])
+    images = torch.cat([torch.from_numpy(program.load_views(path, 0, 0, cfg)) for _, path in files])
     images = program.make_transforms(cfg).normalize(images.permute(0, 3, 1, 2))
     with torch.no_grad():
         expected, features = model.features[:9 - blocks](images), model.features(images).mean((2, 3))
     expected = expected if blocks else features
     frozen, unfrozen = program.split_model(model, blocks)
-    cut = torch.cat(list(program.frozen_pass(program.Frozen(frozen, cfg), paths, 0, cfg)))
+    cut = outputs_of(program.FrozenLayers(frozen, cfg), files, 0, cfg)
     assert cut.shape[:2] == (9, 1) and cut.dtype == cfg.dtype
     assert (cut[:, 0].float() - expected).norm() / expected.norm() < tolerance
-    on = program.Frozen(unfrozen, cfg)(cut)[:, 0].float()
+    on = program.FrozenLayers(unfrozen, cfg)(cut)[:, 0].float()
     assert (on - features).norm() / features.norm() < 2 * tolerance
 
 
 def test_a_frozen_copy_leaves_the_model_as_it_is(options):
     model = program.build_model(3)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    program.Frozen(program.split_model(model, 0)[0], settings(options))
+    program.FrozenLayers(program.split_model(model, 0)[0], settings(options))
     assert same(before, dict(model.state_dict()))
 
 
 def test_views_are_the_same_in_workers_and_in_any_batch(options, own_images):
-    paths = sorted(own_images.glob("train/*/*.png"))
-    passes = []
+    files, passes = files_of(own_images / "train"), []
     for extra in (["--num-workers", "0"], ["--num-workers", "2"]):
         cfg = settings(options, "--no-amp", *extra)
-        frozen = program.Frozen(torch.nn.Sequential(), cfg)  # lets the normalized views through
-        for frozen.batch_size in (2, 4, 12):
-            passes.append(torch.cat(list(program.frozen_pass(frozen, paths, 2, cfg))))
+        layers = program.FrozenLayers(torch.nn.Sequential(), cfg)  # lets the normalized views through
+        for layers.batch_size in (2, 12):
+            passes.append(outputs_of(layers, files, 2, cfg))
     assert passes[0].shape == (18, 2, 3, 40, 40) and all(torch.equal(other, passes[0]) for other in passes)
 
 
-@pytest.mark.parametrize("size", [["32", "32"], ["32", "70"]])
-def test_the_smallest_images_work(size, options):
+def test_the_smallest_images_work(options):
     """What remains of them is one pixel high, and its layout in memory is ambiguous."""
-    assert call([*options, *ONE_EPOCH, "--img-size", *size]) == 0
+    assert call([*options, *ONE_EPOCH, "--views", "1", "--img-size", "32", "32"]) == 0
 
 
 @real
@@ -87,17 +99,16 @@ def test_fast_frozen_part_says_what_the_plain_one_says(tmp_path):
     """On the real validation images: relative error below 6 %, and at most 0.3 points of a head's accuracy."""
     cfg = settings(["--data-dir", os.environ["FLOWERS_DIR"], "--eval-splits", "val", "--img-size", "128", "128",
                     "--out-dir", str(tmp_path)])
-    data = program.find_images(cfg)
+    tables = program.find_images(cfg).tables
     model = program.build_model(102, program.load_pretrained(os.environ["WEIGHTS_FILE"]))
-    frozen = program.Frozen(program.split_model(model, 0)[0], cfg)
-    train, fast = (torch.cat(list(program.frozen_pass(frozen, data.splits[name].paths, 0, cfg)))
-                   for name in ("train", "val"))
-    labels = data.splits["val"].labels
-    heads = program.Heads(model.classifier[1], data.splits["train"].labels, cfg)
-    heads.solve(train, 0.3)
+    layers = program.FrozenLayers(program.split_model(model, 0)[0], cfg)
+    train, fast = (outputs_of(layers, list(enumerate(tables[name].path)), 0, cfg) for name in ("train", "val"))
+    train_labels, labels = (torch.tensor(tables[name].label.tolist()) for name in ("train", "val"))
+    heads = program.Heads(model.classifier[1], train_labels, cfg)
+    heads.fit_closed_form(train, 0.3)
     normalize, plain = program.make_transforms(cfg).normalize, []
     with torch.no_grad():
-        for path in data.splits["val"].paths:
+        for path in tables["val"].path:
             image = normalize(torch.from_numpy(program.load_views(path, 0, 0, cfg)).permute(0, 3, 1, 2))
             plain.append(model.features(image).mean((2, 3)))
     plain = torch.cat(plain)[:, None]
@@ -111,127 +122,166 @@ def test_fast_frozen_part_says_what_the_plain_one_says(tmp_path):
 
 
 def test_a_tensor_is_computed_once_for_what_it_depends_on(cfg, outputs, tmp_path):
+    log, other = [], outputs + 1
+    assert same(program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg), outputs) and log == [0]
+    assert same(program.compute_once("a" * 64, 300, never, cfg), outputs)
+    assert same(program.compute_once("b" * 64, 300, batches_of(other), cfg), other)
+    assert same(program.compute_once("a" * 64, 300, never, cfg), outputs)
+    assert len(activations(tmp_path / "runs")) == 2
+
+
+def test_what_a_reader_changes_in_a_tensor_changes_no_file(cfg, outputs):
+    program.compute_once("a" * 64, 300, batches_of(outputs), cfg).zero_()
+    assert same(program.compute_once("a" * 64, 300, never, cfg), outputs)
+
+
+@pytest.fixture
+def noted_at_once(monkeypatch):
+    """A clock by which every part of a pass takes longer than the time between two notes."""
+    ticks = iter(range(0, 10**9, 60))
+    monkeypatch.setattr(program, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(ticks)}))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(work):
+    """Does some work in a process of its own, which is killed in it."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("rows", [0, 4, 136, 296])
+def test_a_pass_killed_after_any_note_goes_on_from_it_to_the_same_bits(rows, cfg, outputs, noted_at_once):
     log = []
-    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs, log=log), cfg), outputs) and len(log) == 3
-    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), never(), cfg), outputs)
-    program.compute_once("val", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
-    before = activations(tmp_path / "runs")
-    assert same(program.compute_once("train", "b", (10, 2, 7, 3, 3), batches_of(outputs + 1), cfg), outputs + 1)
-    after = activations(tmp_path / "runs")
-    assert len(before) == len(after) == 2 and len(before.keys() & after.keys()) == 1  # that of val
+
+    def compute_and_die(_done):
+        for first in range(0, rows, 4):
+            yield outputs[first:first + 4]
+        die()
+
+    killed(lambda: program.compute_once("a" * 64, 300, compute_and_die, cfg))
+    assert same(program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg), outputs) and log == [rows]
+    assert same(program.compute_once("a" * 64, 300, never, cfg), outputs)
 
 
-def test_files_of_other_runs_are_left_alone(cfg, outputs, tmp_path):
-    others = [tmp_path / "runs" / name for name in ("t2_activations_train_0.bin", "other_t_activations_train_0.bin",
-                                                    "t_best.pth", "t_activations_train.txt")]
-    for other in others:
-        other.write_bytes(b"")
-    program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
-    assert all(other.exists() for other in others)
+@pytest.mark.parametrize("moment", ["fsync", "replace", "truncate"])
+def test_a_pass_killed_while_it_notes_loses_no_note_before(moment, cfg, outputs, noted_at_once):
+    """The fifth note is cut short: rows are on the disk that no note tells of, or half of the next start is done."""
+    log = []
+
+    def fifth(call, *args):
+        log.append(args)
+        if len(log) == 5:
+            die()
+        return call(*args)
+
+    def work():
+        if moment != "truncate":
+            call = getattr(os, moment)
+            setattr(os, moment, lambda *args: fifth(call, *args))
+            program.compute_once("a" * 64, 300, batches_of(outputs), cfg)
+        else:  # killed twice
+            program.compute_once("a" * 64, 300, lambda _done: [*outputs[:16].split(4), die()], cfg)
+
+    killed(work)
+    log.clear()
+    assert same(program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg), outputs)
+    assert log[0] % 4 == 0 and (log[0] >= 8 or moment == "truncate")
 
 
-def cut(content):
-    return content[:-1]
+@pytest.fixture
+def unfinished(cfg, outputs, tmp_path, monkeypatch):
+    """A pass that died after 256 rows, of which all are noted."""
+    def compute_and_die(_done):
+        yield outputs[:128]
+        yield outputs[128:256]
+        raise Killed
 
-
-def lose_the_tail(content):
-    return content[:-100] + bytes(100)  # as a power cut does
-
-
-def lose_most(content):
-    return content[:500] + bytes(len(content) - 500)
-
-
-def flip_a_bit(content):
-    return content[:700] + bytes([content[700] ^ 1]) + content[701:]
-
-
-@pytest.mark.parametrize("damage", [cut, lose_the_tail, lose_most, flip_a_bit, lambda content: content[:200],
-                                    lambda _content: b"", lambda content: content + b"\0"])
-def test_a_file_that_is_not_whole_is_computed_anew(damage, cfg, outputs, tmp_path):
-    program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
+    with monkeypatch.context() as patch:
+        ticks = iter(range(0, 10**9, 60))
+        patch.setattr(program, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(ticks)}))
+        with pytest.raises(Killed):
+            program.compute_once("a" * 64, 300, compute_and_die, cfg)
     path, = activations(tmp_path / "runs")
-    path.write_bytes(damage(path.read_bytes()))
-    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg), outputs)
-    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), never(), cfg), outputs)
+    assert len(path.read_bytes()) == 256 * outputs[0].nbytes
+    return path
 
 
-@pytest.mark.parametrize("moment", [1, 2, 5, 9, 10])
-def test_sigkill_during_the_pass_leaves_nothing_taken_for_whole(moment, options, own_images, tmp_path, capfd):
-    """The pass kills itself when it loads its image of that number."""
-    (tmp_path / "runs").mkdir()
-    cfg, paths = settings(options, "--no-amp"), sorted(own_images.glob("train/*/*.png"))[:10]
-    frozen, load, calls = program.Frozen(torch.nn.Sequential(), cfg), program.load_views, []
-
-    def compute():
-        batches = program.frozen_pass(frozen, paths, 2, cfg)
-        return program.compute_once("train", "a", (10, 2, 3, *cfg.img_size), batches, cfg)
-
-    child = os.fork()
-    if not child:
-        def load_or_die(*args):
-            calls.append(args)
-            if len(calls) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return load(*args)
-
-        program.load_views = load_or_die
-        try:
-            compute()
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not activations(tmp_path / "runs")
-    expected = torch.cat(list(program.frozen_pass(frozen, paths, 2, cfg)))
-    assert same(compute(), expected) and len(activations(tmp_path / "runs")) == 1
+ROW = 2 * 7 * 3 * 3 * 4  # bytes
 
 
-def test_sigkill_before_the_file_gets_its_name(cfg, outputs, tmp_path):
-    child = os.fork()
-    if not child:
-        os.replace = lambda *_paths: os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg)
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not activations(tmp_path / "runs")
-    assert same(program.compute_once("train", "a", (10, 2, 7, 3, 3), batches_of(outputs), cfg), outputs)
+@pytest.mark.parametrize("change, kept", [
+    (lambda content: content + bytes(50 * ROW), 256),  # what was never noted may be anything, as after a power cut
+    (lambda content: content + b"x" * (20 * ROW + 17), 256),
+    (lambda content: content[:-1], 128), (lambda content: content[:200 * ROW], 128), (lambda content: content[:ROW], 0),
+    (lambda _content: b"", 0)])
+def test_an_unfinished_file_goes_on_from_what_is_surely_there(change, kept, unfinished, cfg, outputs):
+    """In batches as they were: a part of a batch may differ in bits."""
+    unfinished.write_bytes(change(unfinished.read_bytes()))
+    log = []
+    assert same(program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg), outputs) and log == [kept]
+
+
+def test_an_unfinished_file_that_is_missing_or_not_noted_begins_anew(unfinished, cfg, outputs):
+    for path in (unfinished, unfinished.with_suffix(".json")):
+        path.unlink()
+        log = []
+        assert same(program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg), outputs) and log == [0]
+
+
+@pytest.mark.parametrize("size", [0, 100, 299 * ROW, 300 * ROW - 1])
+def test_a_whole_file_that_lost_its_tail_is_mended(size, cfg, outputs, tmp_path):
+    program.compute_once("a" * 64, 300, batches_of(outputs), cfg)
+    path, = activations(tmp_path / "runs")
+    os.truncate(path, size)
+    assert same(program.compute_once("a" * 64, 300, batches_of(outputs), cfg), outputs)
+    assert same(program.compute_once("a" * 64, 300, never, cfg), outputs)
 
 
 def test_a_disk_too_small_is_one_line_before_the_pass(small_network, options, tmp_path, monkeypatch, capsys):
-    usage, loaded, load = program.shutil.disk_usage(tmp_path), [], program.load_views
+    usage, loaded, load = shutil.disk_usage(tmp_path), [], program.load_views
     monkeypatch.setattr(program.shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
-    options = [*options, "--views", "7"]
     monkeypatch.setattr(program, "load_views", lambda *args: loaded.append(args) or load(*args))
-    assert call(options) == 2
+    assert call([*options, "--views", "7"]) == 2
     assert is_one_line(capsys.readouterr().err, "VIEWS", "GB")
     assert len([args for args in loaded if args[2]]) <= 1
-    assert not activations(tmp_path / "runs") and not list((tmp_path / "runs").glob("*.tmp"))
+    assert not any(activations(tmp_path / "runs").values())
 
 
-# The next run
+# Runs that share them
 
 
-def test_other_rates_and_epochs_compute_no_frozen_pass(small_network, options, weights, tmp_path, monkeypatch, capsys):
-    options = [*options, *ONE_EPOCH, "--weights", weights]
-    assert call(options) == 0
-    before, loaded, load = activations(tmp_path / "runs"), [], program.load_views
-    assert len(before) == 4  # training views and validation, and the pooled features of both
-    monkeypatch.setattr(program, "load_views", lambda *args: loaded.append(args) or load(*args))
+def test_a_run_of_another_name_and_other_rates_computes_no_frozen_pass(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "load_views", None)
     monkeypatch.setattr(program, "plot_mistakes", lambda *_args: program.Figure())  # looks at images again
-    assert call([*options, "--lr-stage2", "3e-4", "--epochs-stage2", "1"]) == 0
-    assert "changed: epochs_stage2, lr_stage2" in capsys.readouterr().out and not loaded
-    after = activations(tmp_path / "runs")
-    assert all(after[path] == state for path, state in before.items())
+    before = activations(tmp_path / "runs")
+    assert len(before) == 4  # training views and validation, and the pooled features of both
+    assert call([*trained, "--run-name", "u", "--lr-stage1", "3e-4", "--epochs-stage1", "2", "--batch-size", "4"]) == 0
+    assert activations(tmp_path / "runs") == before and "new run" not in capsys.readouterr().out
+    assert call([*trained, "--lr-stage1", "3e-4"]) == 0
+    assert "changed: lr_stage1;" in capsys.readouterr().out and activations(tmp_path / "runs") == before
 
 
-def test_what_no_longer_fits_is_removed_and_computed_anew(small_network, options, own_images, weights, tmp_path, monkeypatch):
-    """One run after the other, each with one more change."""
-    monkeypatch.setattr(program, "report", lambda *_args: None)
-    options = [*options, *ONE_EPOCH, "--epochs-stage1", "0", "--weights", weights]
+def test_what_they_depend_on_is_computed_anew(small_network, options, own_images, weights, monkeypatch):
+    """One run after the other, each with one more change, up to the name of its first file."""
+    names = []
+
+    def name_and_stop(fingerprint, *_args):
+        names.append(fingerprint)
+        raise Killed
+
+    monkeypatch.setattr(program, "compute_once", name_and_stop)
+    torch.save(program.build_model(2, seed=1).state_dict(), weights)
+    options = [*options, "--weights", weights]
     half = settings(options).dtype != torch.float32  # some processors have no half precision
-    before = {}
     for change in (["--amp"], ["--views", "3"], ["--seed", "1"], ["--img-size", "40", "48"], ["--crop", "0.9"],
                    ["--unfreeze-last-blocks", "1"], *[["--no-amp"]] * half, "image", "weights"):
         if change == "image":
@@ -240,44 +290,184 @@ def test_what_no_longer_fits_is_removed_and_computed_anew(small_network, options
             torch.save(program.build_model(2, seed=5).state_dict(), weights)
         else:
             options += change
-        assert call(options) == 0
-        after = activations(tmp_path / "runs", "train") | activations(tmp_path / "runs", "features_train")
-        assert len(after) == 2 and not before.keys() & after.keys(), change
-        before = after
+        with pytest.raises(Killed):
+            call(options)
+        assert names[-1] not in names[:-1], change
+    with pytest.raises(Killed):
+        call([*options, "--lr-stage1", "1", "--batch-size", "3", "--epochs-stage1", "7", "--run-name", "u",
+              "--num-workers", "1", "--shrinkage", "0.5"])
+    assert names[-1] == names[-2]
+    with pytest.raises(Killed):
+        call([*options, "--folds", "3"])
+    assert names[-1] == names[-2], "folds"
 
 
-def test_another_number_of_test_images_leaves_the_training_views(trained, tmp_path):
+def test_files_of_other_splits_and_views_are_not_computed_again(trained, tmp_path):
     before = activations(tmp_path / "runs")
-    assert call([*trained, "--eval-splits", "val", "test"]) == 0
-    after = activations(tmp_path / "runs")
-    assert before.items() <= after.items() and len(after) == len(before) + 1
+    assert call([*trained, "--eval-splits", "val", "test", "--views", "1"]) == 0
+    after = activations(tmp_path / "runs")  # new are training views, what is made of them, and test
+    assert before.items() <= after.items() and len(after) == len(before) + 3
 
 
-def test_killed_during_the_frozen_pass_and_continued_is_never_interrupted(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("moment", [7, 20])
+def test_killed_during_the_frozen_pass_and_continued_is_never_interrupted(moment, trained, tmp_path, monkeypatch,
+                                                                          noted_at_once, capsys):
+    """Of 18 images for training and 9 for validation, two and four in a batch."""
     load, calls, folder = program.load_views, [], tmp_path / "killed"
-
-    class Killed(BaseException):
-        pass
 
     def load_or_die(*args):
         calls.append(args)
-        if len(calls) == 20:  # of 18 for training, 9 for validation
+        if len(calls) == moment:
             raise Killed
         return load(*args)
 
     monkeypatch.setattr(program, "load_views", load_or_die)
     with pytest.raises(Killed):
         call([*trained, "--out-dir", folder])
-    assert activations(folder, "train") and not activations(folder, "val")
-    monkeypatch.setattr(program, "load_views", load)
+    assert not (folder / "t_last.pth").exists()
+    rest = []
+    monkeypatch.setattr(program, "load_views", lambda *args: rest.append(args) or load(*args))
+    monkeypatch.setattr(program, "plot_mistakes", lambda *_args: program.Figure())
     assert call([*trained, "--out-dir", folder]) == 0
-    assert same(checkpoints(tmp_path / "runs"), checkpoints(folder)) and not list(folder.glob("*.tmp"))
+    assert same(checkpoints(tmp_path / "runs"), checkpoints(folder))
+    assert activations(tmp_path / "runs") == {tmp_path / "runs" / path.relative_to(folder): content
+                                              for path, content in activations(folder).items()}
+    assert len(calls) - 1 + len([args for args in rest if args[0].parts[-3] != "test"]) <= 27 + 3  # a batch was lost
+
+
+def old_files(folder, *sizes):
+    """Files of activations that other runs have left, the first one used least recently."""
+    (folder / "activations").mkdir(parents=True, exist_ok=True)
+    paths = [folder / "activations" / f"{number:032d}.bin" for number in range(len(sizes))]
+    for number, (path, size) in enumerate(zip(paths, sizes)):
+        with open(path, "wb") as file:
+            file.truncate(size)
+        path.with_suffix(".json").write_text(json.dumps({"rows": 1, "row_bytes": size, "shape": [1, 1, size]}))
+        os.utime(path, (1000 + number, 1000 + number))
+    return paths
+
+
+def test_what_was_not_used_for_longest_is_removed_beyond_keep_gb_and_nothing_in_use(trained, tmp_path):
+    runs = tmp_path / "runs"
+    mine = activations(runs)
+    oldest, older, old = old_files(runs, 10**6, 10**6, 10**6)
+    assert call([*trained, "--keep-gb", "0.0021", "--num-workers", "0"]) == 0
+    assert not oldest.exists() and older.exists() is (sum(map(len, mine.values())) < 100_000) and old.exists()
+    assert not oldest.with_suffix(".json").exists() and old.with_suffix(".json").exists()
+    assert call([*trained, "--keep-gb", "0", "--num-workers", "0"]) == 0
+    assert not older.exists() and not old.exists()
+    frozen = {path: content for path, content in activations(runs).items() if path in mine}
+    assert len(frozen) >= 2 and all(mine[path] == content for path, content in frozen.items())
+
+
+def test_nothing_is_removed_while_another_run_is_going_on(trained, tmp_path):
+    old, = old_files(tmp_path / "runs", 10**6)
+    lock = FileLock(tmp_path / "runs" / ".other.lock")
+    with lock:
+        assert call([*trained, "--keep-gb", "0"]) == 0 and old.exists()
+    assert call([*trained, "--keep-gb", "0"]) == 0 and not old.exists()
+
+
+def test_a_second_run_waits_for_the_rows_that_another_computes(cfg, outputs, tmp_path):
+    """Two runs of other names that start together need the same activations."""
+    pipe, child = os.pipe(), 0
+    log = []
+
+    def compute(done):
+        nonlocal child
+        child = os.fork()
+        if not child:
+            os.write(pipe[1], b"started")
+            again = program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg)
+            os._exit(0 if same(again, outputs) and not log else 1)
+        assert os.read(pipe[0], 7) == b"started"
+        yield from batches_of(outputs)(done)
+
+    assert same(program.compute_once("a" * 64, 300, compute, cfg), outputs)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Processes that are left
+
+
+def processes_of(group):
+    """The living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # has ended meanwhile
+        if int(its_group) == group and state not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def in_frozen_pass(small_network, options, monkeypatch, tmp_path):
+    """Starts a run in a process group of its own and waits until its two workers work; returns the group."""
+    options = [*options, *ONE_EPOCH, "--num-workers", "2", "--unfreeze-last-blocks", "9"]  # much for a pipe
+    groups = []
+
+    def start():
+        ready, child = os.pipe(), os.fork()
+        if not child:
+            os.setsid()
+            os.dup2(os.open(tmp_path / "stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
+            sys.stdout, sys.stderr = open(os.devnull, "w"), open(2, "w", buffering=1, closefd=False)
+            parts = program.outputs_of_files
+
+            def first_part_then_wait(*args):
+                for part in parts(*args):
+                    yield part
+                    os.write(ready[1], b"1")
+                    signal.pause()
+
+            program.outputs_of_files = first_part_then_wait
+            try:
+                os._exit(program.main(options))
+            finally:
+                os._exit(99)
+        groups.append(child)
+        assert os.read(ready[0], 1) == b"1" and len(processes_of(child)) == 3
+        return child
+
+    yield start, options
+    for group in groups:
+        for process in processes_of(group):
+            os.kill(process, signal.SIGKILL)
+
+
+def all_gone(group, seconds=30):
+    """Whether no process of a group is left, at the latest after so many seconds."""
+    end = time.monotonic() + seconds
+    while processes_of(group):
+        if time.monotonic() > end:
+            return False
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", ["SIGKILL of the main process", "SIGTERM to the group", "SIGINT to the group"])
+def test_no_process_is_left_of_a_run_that_is_stopped_and_the_next_start_goes_on(how, in_frozen_pass, tmp_path, capfd):
+    start, options = in_frozen_pass
+    group = start()
+    number = getattr(signal, how.split()[0])
+    (os.killpg if "group" in how else os.kill)(group, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(group, 0)[1])
+    assert all_gone(group)
+    error = (tmp_path / "stderr.txt").read_text()
+    if number == signal.SIGINT:
+        assert code == 130 and error.count("\n") == 1 and "stopped: " in error
+    else:
+        assert code == -number and error == ""
+    assert call([*options, "--num-workers", "0"]) == 0
 
 
 # Images that change under the run's feet, and mistakes in transforms
 
 
-def test_an_image_that_breaks_during_the_run_is_named(small_network, options, own_images, weights, monkeypatch, capsys):
+def test_an_image_that_breaks_during_the_run_is_named(small_network, options, own_images, monkeypatch, capsys):
     broken, find = own_images / "train" / "red" / "3.png", program.find_images
 
     def find_and_break(cfg):
@@ -286,12 +476,13 @@ def test_an_image_that_breaks_during_the_run_is_named(small_network, options, ow
         return data
 
     monkeypatch.setattr(program, "find_images", find_and_break)
-    assert call([*options, "--weights", weights]) == 1
-    assert is_one_line(capsys.readouterr().err, "3.png", "cannot read")
+    assert call(options) == 2
+    assert is_one_line(capsys.readouterr().err, str(broken))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_the_transforms_is_not_called_an_unreadable_image(small_network, workers, options, monkeypatch, capsys):
+def test_a_mistake_in_the_transforms_is_not_called_an_unreadable_image(workers, small_network, options, monkeypatch,
+                                                                       capsys):
     real_transforms = program.make_transforms
 
     def broken(_image):
@@ -300,4 +491,4 @@ def test_a_mistake_in_the_transforms_is_not_called_an_unreadable_image(small_net
     monkeypatch.setattr(program, "make_transforms", lambda cfg: real_transforms(cfg)._replace(augment=broken))
     with pytest.raises(RuntimeError, match="views of unlike sizes"):
         call([*options, "--num-workers", workers])
-    assert "cannot read" not in without_progress(capsys.readouterr().err)
+    assert "cannot read" not in capsys.readouterr().err

@@ -1,63 +1,115 @@
 """Two stages: what stands still stands still, the rest learns at its rate, and a run that cannot go on says why."""
 import copy
+import json
+import math
 import os
+import shutil
 
 import pytest
 import torch
-from conftest import ONE_EPOCH, call, checkpoint, checkpoints, figures_of, history_of, is_one_line, real, same, settings
+import torch.nn.functional as F
+from conftest import (ONE_EPOCH, call, checkpoint, checkpoints, figures_of, history_of, is_one_line, real, same,
+                      settings, small_efficientnet)
 
 import efficientnet_b3 as program
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("undrawn", "small_network")
 
 
-def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(small_network, options, tmp_path):
+def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, tmp_path):
     rates = ["--lr-stage1", "1e-3", "--lr-stage2", "1e-4", "--blocks-lr-factor", "8", "--layer-decay", "0.5"]
     assert call([*options, *rates, "--epochs-stage2", "5"]) == 0
     rows = history_of(tmp_path / "runs")
     stage2 = [1e-4 * (1 - epoch / 5) for epoch in range(5)]
-    assert [row["lr_head"] for row in rows] == pytest.approx([0, 1e-3, 5e-4, *stage2])
-    assert [row["lr_blocks"] for row in rows] == pytest.approx([0, 0, 0, *(8 * rate for rate in stage2)])
-    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), *((2, e) for e in range(3, 8))]
+    assert [row["lr_head"] for row in rows] == pytest.approx([0, 1e-3, 5e-4, *stage2, 0])
+    assert [row["lr_blocks"] for row in rows] == pytest.approx([0, 0, 0, *(8 * rate for rate in stage2), 0])
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), *((2, e) for e in range(3, 8)),
+                                                              (2, "refit")]
 
 
-def test_each_block_has_the_rate_of_its_place(small_network, options, tmp_path):
+def test_each_block_has_the_rate_of_its_place(options, tmp_path):
     rates = ["--lr-stage2", "1e-4", "--blocks-lr-factor", "8", "--layer-decay", "0.5", "--unfreeze-last-blocks", "3"]
-    assert call([*options, *rates, "--epochs-stage1", "0", "--epochs-stage2", "1"]) == 0
+    assert call([*options, *rates, "--no-refit-head", "--epochs-stage1", "0", "--epochs-stage2", "1"]) == 0
     optimizer = checkpoint(tmp_path / "runs", "last")["trainer"]["optimizer"]
     assert [group["initial_lr"] for group in optimizer["param_groups"]] == pytest.approx([1e-4, 8e-4, 4e-4, 2e-4])
 
 
-def test_epoch_0_is_the_solved_head_before_any_gradient(options, own_images, tmp_path, monkeypatch):
+def features_of(model, tables, cfg):
+    """The pooled features by the whole network, views of the training images and plain images of validation."""
+    layers = program.FrozenLayers(program.split_model(model, 0)[0], cfg)
+    return {name: torch.cat(list(program.outputs_of_files(layers, list(enumerate(tables[name].path)), views, cfg)))
+            for name, views in (("train", 2), ("val", 0))}
+
+
+def labels_of(table):
+    return torch.tensor(table.label.tolist())
+
+
+def test_epoch_0_is_the_head_in_closed_form_before_any_gradient(options, tmp_path):
     """Its training figures are those of heads that have not seen the image; its validation figures are the model's."""
-    kept, real_epoch = [], program.train_one_epoch
-
-    def keep(*args):
-        kept.append(checkpoint(tmp_path / "runs", "last"))
-        return real_epoch(*args)
-
-    monkeypatch.setattr(program, "train_one_epoch", keep)
-    assert call([*options, *ONE_EPOCH, "--head-init", "lda", "--no-amp"]) == 0
-    row, = kept[0]["history"]
+    options = [*options, "--no-amp", "--epochs-stage1", "0", "--epochs-stage2", "0"]
+    assert call(options) == 0
+    last = checkpoint(tmp_path / "runs", "last")
+    row, = last["history"]
     assert (row["stage"], row["epoch"], row["lr_head"], row["lr_blocks"]) == (1, 0, 0, 0)
-    cfg = settings(options, "--no-amp")
-    data = program.find_images(cfg)
-    model = program.build_model(3, kept[0]["model"])
-    features = {name: torch.cat(list(program.frozen_pass(
-        program.Frozen(program.split_model(model, 0)[0], cfg), data.splits[name].paths, views, cfg)))
-        for name, views in (("train", 2), ("val", 0))}
-    heads = program.Heads(model.classifier[1], data.splits["train"].labels, cfg)
-    heads.solve(features["train"], cfg.shrinkage)
+    cfg = settings(options)
+    tables, model = program.find_images(cfg).tables, program.build_model(3, last["model"])
+    features = features_of(model, tables, cfg)
+    heads = program.Heads(model.classifier[1], labels_of(tables["train"]), cfg)
+    heads.fit_closed_form(features["train"], cfg.shrinkage)
     torch.testing.assert_close(heads.weight[-1], model.classifier[1].weight, rtol=1e-2, atol=1e-3)
-    right = model.classifier[1](features["val"][:, 0]).argmax(1) == data.splits["val"].labels
+    right = model.classifier[1](features["val"][:, 0]).argmax(1) == labels_of(tables["val"])
     assert row["val_acc"] == pytest.approx(right.float().mean().item())
-    judged = heads.judge_all(features["train"], heads.folds).argmax(1) == data.splits["train"].labels
-    assert row["train_acc"] == pytest.approx(judged.float().mean().item())
+    logits = heads.logits_of_one_view(features["train"], heads.unseen_by)
+    assert row["train_acc"] == pytest.approx((logits.argmax(1) == labels_of(tables["train"])).float().mean().item())
 
 
-def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss():
+def test_the_row_of_the_refit_tells_of_one_model_in_both_its_figures(options, tmp_path):
+    """Training figures by refitted heads that have not seen the image; validation figures of the same model."""
+    options = [*options, "--no-amp"]
+    assert call(options) == 0
+    last = checkpoint(tmp_path / "runs", "last")
+    row, cfg = last["history"][-1], settings(options)
+    assert (row["stage"], row["epoch"]) == (2, "refit") and [r["epoch"] for r in last["history"]].count("refit") == 1
+    tables, model = program.find_images(cfg).tables, program.build_model(3, last["model"])
+    features, labels = features_of(model, tables, cfg), labels_of(tables["train"])
+    heads = program.Heads(model.classifier[1], labels, cfg)
+    heads.load_state_dict(last["trainer"]["heads"])
+    logits = heads.logits_of_one_view(features["train"], heads.unseen_by)
+    assert row["train_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
+    assert row["train_acc"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    logits, labels = model.classifier[1](features["val"][:, 0]), labels_of(tables["val"])
+    assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
+
+
+def test_without_a_refit_or_blocks_that_train_there_is_no_such_row(options, tmp_path):
+    for extra in (["--no-refit-head"], ["--unfreeze-last-blocks", "0"]):
+        assert call([*options, *extra, "--epochs-stage2", "1"]) == 0
+        assert [row["epoch"] for row in history_of(tmp_path / "runs")] == [0, 1, 2, 3]
+
+
+def test_best_row_has_the_highest_accuracy_then_the_lowest_loss_then_is_the_first():
     rows = [{"val_acc": a, "val_loss": b} for a, b in ((0.5, 1), (0.7, 2), (0.7, 1), (0.7, 1))]
-    assert program.best_epoch(rows) is rows[2]
+    assert program.best_row(rows) is rows[2]
+    assert program.best_row([*rows, {"val_acc": None, "val_loss": None}])["val_acc"] is None  # nothing is held out
+
+
+def test_frozen_is_the_best_row_of_stage_1(options, tmp_path, monkeypatch):
+    """The second of three rows of stage 1 has the highest accuracy, and all of stage 2 a higher one."""
+    told = iter((0.3, 0.5, 0.4, 0.6, 0.7, 0.6))
+    scores = program.scores
+    monkeypatch.setattr(program, "scores", lambda split, *args: scores(split, *args) | (
+        {"val_acc": next(told)} if split == "val" else {}))
+    assert call(options) == 0
+    best, last, frozen = (checkpoint(tmp_path / "runs", name) for name in ("best", "last", "frozen"))
+    assert [row["val_acc"] for row in last["history"]] == [0.3, 0.5, 0.4, 0.6, 0.7, 0.6]
+    assert [row["epoch"] for row in frozen["history"]] == [0, 1] and frozen["best_accuracy"] == 0.5
+    assert [row["epoch"] for row in best["history"]] == [0, 1, 2, 3, 4] and best["best_accuracy"] == 0.7
+    model = small_efficientnet(3)
+    model.load_state_dict(frozen["model"])  # in stage 1 nothing but the head has moved
+    start = start_of(options)
+    moved = {key for key in start if not torch.equal(start[key], frozen["model"][key])}
+    assert moved == {"classifier.1.weight", "classifier.1.bias"}
 
 
 def start_of(options):
@@ -124,7 +176,7 @@ def test_same_bits_with_and_without_workers(options, tmp_path):
     assert same(checkpoints(tmp_path / "runs"), checkpoints(tmp_path / "workers"))
 
 
-def test_two_classes_and_a_single_image_of_one_work(small_network, options, own_images):
+def test_two_classes_and_a_single_image_of_one_work(options, own_images):
     for split in ("train", "val", "test"):
         (own_images / split / "red").rename(own_images.parent / split)
     for number in range(1, 6):
@@ -132,16 +184,16 @@ def test_two_classes_and_a_single_image_of_one_work(small_network, options, own_
     assert call([*options, *ONE_EPOCH, "--head-init", "lda"]) == 0
 
 
-def test_the_refit_is_the_mean_of_trained_and_solved_heads(small_network, options, tmp_path, monkeypatch):
+def test_the_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, tmp_path, monkeypatch):
     """A run without the refit trains the same heads."""
-    solved, solve = [], program.Heads.solve
+    solved, solve = [], program.Heads.fit_closed_form
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "1"]
 
     def keep(heads, *args):
         solve(heads, *args)
         solved.append(copy.deepcopy(heads))
 
-    monkeypatch.setattr(program.Heads, "solve", keep)
+    monkeypatch.setattr(program.Heads, "fit_closed_form", keep)
     call(options)
     call([*options, "--no-refit-head", "--out-dir", tmp_path / "trained"])
     mean, trained = (checkpoint(tmp_path / folder, "last")["trainer"]["heads"] for folder in ("runs", "trained"))
@@ -152,70 +204,15 @@ def test_the_refit_is_the_mean_of_trained_and_solved_heads(small_network, option
 # Runs that cannot go on
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(small_network, options, tmp_path, monkeypatch, capsys):
-    real_epoch, loss = program.train_one_epoch, program.Heads.loss
-
-    def third_breaks(*args):
-        if len(history_of(tmp_path / "runs")) == 3:
-            monkeypatch.setattr(program.Heads, "loss", lambda *a: loss(*a) * float("nan"))
-        return real_epoch(*args)
-
-    monkeypatch.setattr(program, "train_one_epoch", third_breaks)
-    assert call([*options, "--epochs-stage1", "99"]) == 1
-    assert is_one_line(capsys.readouterr().err, "nan", "epoch 3", "batch 1", "LR_STAGE1")
-    assert len(checkpoint(tmp_path / "runs", "last")["history"]) == 3
-
-
-def scaler_that_skips(steps):
-    """A GradScaler for processors, which skips those of its steps that are named, as overflows do on a GPU."""
-    class Scaler:
-        def __init__(self, *_args, **_kw):
-            self.size, self.calls, self.skips = 1024.0, 0, False
-
-        def scale(self, loss):
-            return loss
-
-        def unscale_(self, optimizer):
-            pass
-
-        def get_scale(self):
-            return self.size
-
-        def step(self, optimizer):
-            self.skips, self.calls = self.calls in steps, self.calls + 1
-            if not self.skips:
-                optimizer.step()
-
-        def update(self):
-            self.size /= 2 if self.skips else 1
-
-        def state_dict(self):
-            return {"size": self.size, "calls": self.calls}
-
-        def load_state_dict(self, state):
-            self.size, self.calls = state["size"], state["calls"]
-
-    return Scaler
-
-
-def test_an_epoch_of_overflows_alone_stops_the_run(small_network, options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.amp, "GradScaler", scaler_that_skips(range(3, 6)))  # of 18 images in batches of 8
-    assert call(options) == 1
-    assert is_one_line(capsys.readouterr().err, "epoch 2", "AMP")
-    assert len(checkpoint(tmp_path / "runs", "last")["history"]) == 2
-
-
-def test_skipped_steps_are_counted(small_network, options, monkeypatch, capsys):
-    monkeypatch.setattr(torch.amp, "GradScaler", scaler_that_skips([0, 1]))
-    assert call([*options, *ONE_EPOCH]) == 0
-    assert "2 of 3 steps skipped" in capsys.readouterr().out
+def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, capsys):
+    assert call([*options, "--lr-stage2", "1e36"]) == 2
+    assert is_one_line(capsys.readouterr().err, "epoch 3", "batch 2", "learning rates")
+    assert [row["epoch"] for row in checkpoint(tmp_path / "runs", "last")["history"]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("Unable to allocate 3 GiB"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: you tried to allocate 9 bytes")])
-def test_out_of_memory_names_the_constant(small_network, error, options, monkeypatch, capsys):
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("Unable to allocate 3 GiB")])
+def test_out_of_memory_names_the_constant(error, options, monkeypatch, capsys):
     def full(*_args):
         raise error
 
@@ -224,26 +221,82 @@ def test_out_of_memory_names_the_constant(small_network, error, options, monkeyp
     assert is_one_line(capsys.readouterr().err, "out of memory", "BATCH_SIZE")
 
 
-def test_a_worker_that_the_system_kills_is_out_of_memory(small_network, options, monkeypatch, capfd):
-    main, load = os.getpid(), program.load_views
-
-    def killed_in_a_worker(*args):
-        if os.getpid() != main:
-            os.kill(os.getpid(), 9)
-        return load(*args)
-
-    monkeypatch.setattr(program, "load_views", killed_in_a_worker)
-    assert call([*options, "--num-workers", "1"]) == 1
-    assert is_one_line(capfd.readouterr().err, "out of memory", "NUM_WORKERS")
-
-
-def test_an_error_of_the_programs_own_is_not_called_out_of_memory(small_network, options, monkeypatch):
+def test_an_error_of_the_programs_own_is_not_called_out_of_memory(options, monkeypatch):
     def broken(*_args):
         raise RuntimeError("views of unlike sizes")
 
     monkeypatch.setattr(program, "train_one_epoch", broken)
     with pytest.raises(RuntimeError, match="views of unlike sizes"):
         call(options)
+
+
+# The final model
+
+
+@pytest.fixture
+def everything(options):
+    return [*options, "--train-splits", "train", "val", "--eval-splits", "val", "test"]
+
+
+def test_all_labelled_images_train_and_the_last_row_is_best(everything, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert call(everything) == 0
+    printed, rows = capsys.readouterr().out, history_of(runs)
+    assert "27 train, 6 test" in printed
+    assert all(math.isnan(row["val_loss"]) and math.isnan(row["val_acc"]) for row in rows)
+    last, best, frozen = (checkpoint(runs, name) for name in ("last", "best", "frozen"))
+    assert same(last["model"], best["model"]) and len(best["history"]) == len(rows) == 6
+    assert [row["epoch"] for row in frozen["history"]] == [0, 1, 2] and not same(frozen["model"], best["model"])
+    metrics = json.loads((runs / "t_metrics.json").read_text())
+    assert metrics["splits"].keys() == {"test"} and metrics["splits"]["test"]["images"] == 6
+    assert metrics["best_epoch"] == "refit" and (runs / "t_report.txt").exists()
+
+
+def test_without_images_that_are_held_out_a_line_says_that_there_is_no_report(everything, own_images,
+                                                                              tmp_path, capsys):
+    shutil.rmtree(own_images / "test")
+    assert call(everything) == 0
+    printed = capsys.readouterr().out
+    line, = [line for line in printed.splitlines() if "no report" in line]
+    assert "test" in line and "27 train" in printed and "precision" not in printed
+    assert len(history_of(tmp_path / "runs")) == 6 and checkpoint(tmp_path / "runs", "best")["history"]
+
+
+def test_own_images_without_folder_val_all_train(everything, own_images, capsys):
+    images = own_images.parent / "plain"
+    shutil.copytree(own_images / "train", images)
+    assert call([*everything, "--data-dir", images]) == 0
+    assert "18 train" in capsys.readouterr().out
+
+
+def test_the_views_of_the_final_model_are_made_of_all_images(everything, own_images, monkeypatch):
+    """Validation images get as many augmented views as the others, and each its own."""
+    seen, load = [], program.load_views
+
+    def keep(path, index, num_views, cfg):
+        seen.append((path.parts[-3], index, num_views))
+        return load(path, index, num_views, cfg)
+
+    monkeypatch.setattr(program, "load_views", keep)
+    monkeypatch.setattr(program, "plot_mistakes", lambda *_args: program.Figure())
+    assert call([*everything, *ONE_EPOCH]) == 0
+    assert sorted(number for split, number, views in seen if split != "test") == list(range(27))
+    assert {(split, views) for split, _, views in seen} == {("train", 2), ("val", 2), ("test", 0)}
+
+
+def test_the_test_images_are_computed_after_the_training(options, tmp_path, monkeypatch):
+    log, load, epoch = [], program.load_views, program.train_one_epoch
+    monkeypatch.setattr(program, "load_views", lambda *args: log.append(args[0].parts[-3]) or load(*args))
+    monkeypatch.setattr(program, "train_one_epoch", lambda *args: log.append("epoch") or epoch(*args))
+    monkeypatch.setattr(program, "plot_mistakes", lambda *_args: program.Figure())
+    check, checked = program.load_image, []
+    monkeypatch.setattr(program, "load_image", lambda path: checked.append((path.parts[-3], len(log))) or check(path))
+    assert call([*options, "--eval-splits", "val", "test", "--epochs-stage2", "0"]) == 0
+    assert log[:27] == ["train"] * 18 + ["val"] * 9 and log[27:] == ["epoch"] * 2 + ["test"] * 6
+    assert min(number for split, number in checked if split == "test") == 29  # nor are they decoded before
+    log.clear()
+    assert call([*options, "--eval-splits", "val", "--out-dir", tmp_path / "val", "--epochs-stage2", "0"]) == 0
+    assert "test" not in log
 
 
 @real
