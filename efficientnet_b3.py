@@ -6,8 +6,8 @@
     python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, a minute
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
 
-Stage 1 trains the classifier head on a frozen backbone; stage 2 fine-tunes the last feature blocks as well; the report
-compares the two. The rooms of this file:
+Stage 1 trains the classifier head on a frozen backbone, stage 2 fine-tunes the last feature blocks as well, and the
+report compares the two. The rooms of this file:
 
     Configuration, Data, Model     all constants; how an image is augmented; EfficientNet-B3, cut in two
     Frozen activations             the outputs of the frozen part, computed once
@@ -15,8 +15,8 @@ compares the two. The rooms of this file:
     Decoding, Closed form          what these need: an image file as RGB; discriminant analysis
     Fast passes, Activation files  inference in worker processes; its results on the disk
     Files of a run                 checkpoints, and how a run goes on
-    Images and weights, Reports    what lies on the disk; figures, and frozen against fine-tuned
-    Prediction, Drawn flowers, Command line, Helpers
+    Images and weights, Reports    what lies on the disk; figures, and frozen against fine-tuned; then Prediction,
+                                   Drawn flowers, Command line, Helpers
 """
 
 import linecache
@@ -218,8 +218,7 @@ def pooled_features(activations, blocks, cfg):
 # Ten images per class are few: a head soon knows its training images by heart, and its loss on them says nothing of
 # other images. So FOLDS + 1 heads are trained side by side: head k never sees the images of fold k, the last one sees
 # all and goes into the model. The outputs of heads for images that they have not seen set the temperature, and the
-# unfrozen blocks learn from them (cross-fitting, Chernozhukov et al., 2018). On a frozen backbone that is as honest as
-# validation; blocks that are trained have seen those images themselves.
+# unfrozen blocks learn from them (cross-fitting, Chernozhukov et al., 2018): on a frozen backbone like validation.
 
 
 class Heads(nn.Module):
@@ -239,10 +238,8 @@ class Heads(nn.Module):
         self.register_buffer("log_scale", torch.tensor(0.0))  # of the last fit_closed_form; the next may not exceed it
 
     def logits(self, features, heads):
-        """Logits [B, classes] where head number heads[i] classifies image i.
-
-        Gradients go to the features alone: else a head would learn, by the blocks' loss, from images it must not see.
-        """
+        """Logits [B, classes] where head number heads[i] classifies image i."""
+        # Gradients go to the features alone: else a head would learn from images that it must not see.
         logits = torch.einsum("bd,kcd->kbc", features, self.weight.detach()) + self.bias.detach()[:, None]
         return logits[heads, torch.arange(len(heads))]
 
@@ -263,10 +260,10 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def fit_closed_form(self, features, shrinkage):
-        """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale.
+        """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale:
 
-        The scale gives the lowest loss on left-out images (temperature scaling: Guo et al., 2017). Blocks that are
-        fine-tuned have seen those, and may get all of them right; so it is never larger than on the frozen backbone.
+        that of the lowest loss on left-out images (temperature scaling: Guo et al., 2017), yet never larger than the
+        scale before, as blocks that are fine-tuned have seen those images, and may get all of them right.
         """
         num_heads, smoothing = len(self.bias), 0.0
         weight, bias = discriminants(features, self.labels, self.unseen_by, self.class_weight, num_heads, shrinkage)
@@ -294,8 +291,7 @@ def train(model, blocks, activations, run, cfg):
 
     # Stage 1. The last blocks stand still too: their outputs are computed once, and the heads learn from them.
     if rows <= cfg.epochs_stage1:
-        start = time.perf_counter()
-        frozen_blocks, no_blocks = FrozenLayers(blocks, cfg), nn.Sequential()
+        start, frozen_blocks, no_blocks = time.perf_counter(), FrozenLayers(blocks, cfg), nn.Sequential()
         features = {split: pooled_features(part, frozen_blocks, cfg) for split, part in activations.items()}
         if not rows:
             if cfg.head_init == "lda":
@@ -366,7 +362,7 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        # Adam makes long steps of short gradients too; clipping keeps odd batches from shaping its averages.
+        # Nearly every gradient is longer than this: Adam averages directions, and no odd batch outweighs the others.
         nn.utils.clip_grad_norm_(list(blocks.parameters()), cfg.clip_norm)
         scaler.step(optimizer)
         scaler.update()
@@ -398,13 +394,6 @@ def best_row(history):
     if history[-1]["val_acc"] is None:
         return history[-1]
     return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
-
-
-@torch.no_grad()
-def predict_logits(blocks, classifier, activations, cfg):
-    """Logits float32 [N, classes], on the CPU, of the first view of each of the activations [N, V, ...]."""
-    features = map(FrozenLayers(blocks, cfg), activations[:, :1].split(512))
-    return torch.cat([classifier(part[:, 0].float().to(cfg.device)).cpu() for part in features])
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------------------
@@ -520,6 +509,13 @@ class FrozenLayers:
                     raise
                 self.batch_size //= 2
         return torch.cat(outputs).clone(memory_format=torch.contiguous_format).unflatten(0, views.shape[:2])
+
+
+@torch.no_grad()
+def predict_logits(blocks, classifier, activations, cfg):
+    """Logits float32 [N, classes], on the CPU, of the first view of each of the activations [N, V, ...]."""
+    features = map(FrozenLayers(blocks, cfg), activations[:, :1].split(512))
+    return torch.cat([classifier(part[:, 0].float().to(cfg.device)).cpu() for part in features])
 
 
 def outputs_of_files(layers, files, num_views, cfg):
@@ -1158,8 +1154,9 @@ def predict(cfg):
 
 # ---- Drawn flowers ---------------------------------------------------------------------------------------------------
 
-DEMO = dict(data_dir="data/demo_flowers", img_size=(96, 96), views=4, eval_splits=("val",), weights="none",
-            epochs_stage1=6, epochs_stage2=3, run_name="demo")
+# Random features are tiny, and a head in closed form amplifies them: hence a low rate for the blocks.
+DEMO = dict(data_dir="data/demo_flowers", img_size=(64, 64), views=4, eval_splits=("val",), weights="none",
+            epochs_stage1=3, epochs_stage2=10, lr_stage2=1e-3, blocks_lr_factor=0.03, batch_size=16, run_name="demo")
 
 
 def start_without_pretraining(model):
