@@ -485,7 +485,7 @@ class FrozenLayers:
                 conv, norm, *_ = module
                 module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
             if isinstance(module, nn.AdaptiveAvgPool2d) and cfg.device.type == "cpu":
-                module.forward = partial(torch.mean, dim=(2, 3), keepdim=True)  # 30 times faster in half precision
+                module.forward = average_pool
         self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
         self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
         self.batch_size = 4 if cfg.device.type == "cpu" else 128
@@ -509,6 +509,11 @@ class FrozenLayers:
                     raise
                 self.batch_size //= 2
         return torch.cat(outputs).clone(memory_format=torch.contiguous_format).unflatten(0, views.shape[:2])
+
+
+def average_pool(maps):
+    """The mean of each channel: twice as fast as adaptive pooling on a CPU, and up to 30 times in half precision."""
+    return F.avg_pool2d(maps, maps.shape[2:])
 
 
 @torch.no_grad()
