@@ -972,18 +972,7 @@ def report(model, blocks, activations, data, run, cfg):
             "file": [os.path.relpath(path, cfg.data_dir) for path in data.tables[split].path], "split": split,
             "true": names[part.labels], "predicted": names[likeliest[:, 0]], "probability": values[:, 0].round(4),
             "top5": ["; ".join(five) for five in names[likeliest]]}))
-        title = f", {split} split: {np.trace(confusion)} of {len(part.labels)} images right"
-        with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.family": fonts}):
-            warnings.simplefilter("ignore")  # of letters that no font has
-            figure = plot_confusion_matrix(confusion, short, "Confusion matrix" + title)
-            write_output(run_file(cfg, "confusion_matrix" + ending), figure)
-            figure = plot_mistakes(model, data.tables[split], shown, short, "Worst mistakes" + title, cfg)
-            write_output(run_file(cfg, "mistakes" + ending), figure)
-            if tuned:
-                shares = " and ".join(f"{metrics[split][side]['accuracy']:.2%} right {side}".replace("_", "-")
-                                      for side in ("frozen", "fine_tuned"))
-                figure = plot_changes(f1, f"{split} split: {shares}")
-                write_output(run_file(cfg, "frozen_vs_fine_tuned" + ending), figure)
+        write_figures(model, data.tables[split], shown, confusion, f1, short, split, ending, cfg)
     draw_curves(run, cfg, at_once=True)
     epoch = run["history"][best["rows"] - 1]["epoch"]
     write_output(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
@@ -994,6 +983,21 @@ def report(model, blocks, activations, data, run, cfg):
         print("\n" + "\n\n".join(texts))
     else:
         print("\nno report: no images are held out, and no test images evaluated")
+
+
+def write_figures(model, table, shown, confusion, f1, names, split, ending, cfg):
+    """Confusion matrix, mistakes and, where there are two columns of F1, what fine-tuning changed."""
+    title = f", {split} split: {np.trace(confusion)} of {len(table)} images right"
+    with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.family": fonts}):
+        warnings.simplefilter("ignore")  # of letters that no font has
+        figure = plot_confusion_matrix(confusion, names, "Confusion matrix" + title)
+        write_output(run_file(cfg, "confusion_matrix" + ending), figure)
+        figure = plot_mistakes(model, table, shown, names, "Worst mistakes" + title, cfg)
+        write_output(run_file(cfg, "mistakes" + ending), figure)
+        if f1.shape[1] == 2:
+            figure = plot_changes(f1, f"F1 of classes, {split} split: mean {f1.iloc[:, 0].mean():.3f} frozen, "
+                                      f"{f1.iloc[:, 1].mean():.3f} fine-tuned")
+            write_output(run_file(cfg, "frozen_vs_fine_tuned" + ending), figure)
 
 
 def describe(split, labels, predicted, confusion, names):
