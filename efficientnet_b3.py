@@ -3,7 +3,7 @@
     python efficientnet_b3.py                        train (or continue), evaluate, report
     python efficientnet_b3.py --epochs-stage2 10     any constant, by its name in lower case with dashes
     python efficientnet_b3.py --fresh                start anew; the files of an earlier run are moved aside
-    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, a minute
+    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, a minute or two
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
 
 Stage 1 trains the classifier head on a frozen backbone, stage 2 fine-tunes the last feature blocks as well, and the
@@ -1213,7 +1213,7 @@ def parse_command_line(argv):
     parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [options]", description=(
         "Two-stage transfer learning on Flowers-102 or own images. Each constant at the top of the file is an option."))
     parser.error = lambda message: parser.exit(2, "error: " + message.replace("\n", " ") + " (see --help)\n")
-    parser.add_argument("--demo", action="store_true", help="the whole run on drawn flowers: no download, a minute")
+    parser.add_argument("--demo", action="store_true", help="the whole run on drawn flowers, without a download")
     parser.add_argument("--fresh", action="store_true", help="start anew; files of an earlier run are moved aside")
     parser.add_argument("--predict", nargs="+", default=(), metavar="PATH", help="name what images or folders show")
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="for --predict: another one than the best")
