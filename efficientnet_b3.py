@@ -260,10 +260,10 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def fit_closed_form(self, features, shrinkage):
-        """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale:
+        """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale.
 
-        that of the lowest loss on left-out images (temperature scaling: Guo et al., 2017), yet never larger than the
-        scale before, as blocks that are fine-tuned have seen those images, and may get all of them right.
+        It has the lowest loss on left-out images (temperature scaling: Guo et al., 2017), yet is never larger than the
+        one before, as blocks that are fine-tuned have seen those images, and may get all of them right.
         """
         num_heads, smoothing = len(self.bias), 0.0
         weight, bias = discriminants(features, self.labels, self.unseen_by, self.class_weight, num_heads, shrinkage)
@@ -1268,7 +1268,7 @@ def train_and_report(cfg):
     if cfg.demo:
         print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
         draw_demo_images(Path(cfg.data_dir))
-    # All that a user can have got wrong comes first: images, then weights.
+    # What a user can have got wrong comes first: images, but for those of test, then weights.
     data, pretrained = find_images(cfg), load_pretrained(cfg.weights)
     layout = torch.channels_last if cfg.device.type == "cpu" else torch.preserve_format  # slower on a GPU
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
@@ -1286,7 +1286,8 @@ def train_and_report(cfg):
     train(model, blocks, activations, run, cfg)
     if "test" in data.tables:  # nobody waits for these before the training
         data.tables["test"] = check_images(data.tables["test"], cfg)
-        tell_copies(pd.concat(data.tables.values()))
+        table = pd.concat(data.tables.values())
+        tell_copies(table[table.sha256.isin(data.tables["test"].sha256)])  # the others are told already
         activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
     report(model, blocks, {name: activations[name] for name in ("val", "test") if name in cfg.eval_splits
                            and name in activations}, data, run, cfg)
