@@ -42,6 +42,27 @@ def one_thread(monkeypatch):
     """Two cores are often shared; subprocesses get as many threads as this process has: the same bits."""
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # After an error in a worker, DataLoader waits five seconds for each process before it ends it.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2, raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo(request, tmp_path_factory):
+    """A small demo, the longest of all tests: where one asks for it, it goes on beside those before."""
+    if not any("demo_of" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("demo")
+    smaller = ["--views", "1", "--epochs-stage1", "2", "--epochs-stage2", "1", "--folds", "2"]
+    process = start("--demo", *smaller, "--data-dir", folder / "flowers", "--out-dir", folder / "runs")
+    yield process, folder / "runs"
+    process.kill()
+
+
+@pytest.fixture
+def demo_of(demo):
+    """The demo's process and its folder of files."""
+    return demo
 
 
 def draw(path, colour, seed, size=(40, 48)):

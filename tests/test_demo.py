@@ -1,26 +1,25 @@
-"""The demo needs nothing but the program: it draws its flowers, learns them from scratch and reports."""
+"""From end to end: the demo, which draws its flowers and learns them from scratch, and a short run on the real ones."""
 import json
+import os
 
 import numpy as np
-from conftest import call, draw, draw_classes, is_one_line, start
+from conftest import call, draw, draw_classes, figures_of, is_one_line, real
 from PIL import Image
 
 import efficientnet_b3 as program
 
 
-def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    smaller = ["--views", "1", "--img-size", "64", "64", "--epochs-stage1", "2", "--epochs-stage2", "1", "--folds", "2"]
-    process = start("--demo", *smaller, "--data-dir", tmp_path / "flowers", "--out-dir", tmp_path / "runs")
+def test_the_demo_from_end_to_end(demo_of):
+    process, runs = demo_of
     printed, error = process.communicate()
     assert process.returncode == 0 and error == ""
     assert "no result" in printed and "macro_f1" in printed and "816 train, 408 val" in printed
-    found = {path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")}
+    found = {path.name for path in runs.iterdir() if not path.name.startswith(".")}
     files = {f"demo_{name}" for name in program.RUN_FILES if not name.endswith(("_val.png", "_test.png"))}
     assert found == files | {"activations"}
-    figures = json.loads((tmp_path / "runs" / "demo_metrics.json").read_text())["splits"]["val"]
+    figures = json.loads((runs / "demo_metrics.json").read_text())["splits"]["val"]
     assert figures["accuracy"] >= 20 / 102 and {"frozen", "fine_tuned"} < figures.keys()
-    for path in (tmp_path / "runs").glob("*.png"):
+    for path in runs.glob("*.png"):
         assert Image.open(path).size[0] > 300 and path.stat().st_size <= 1e6
 
 
@@ -52,3 +51,11 @@ def test_the_demo_has_constants_of_its_own_that_can_be_set(tmp_path):
     cfg = program.parse_command_line(["--demo", "--views", "3"])
     assert (cfg.weights, cfg.run_name, cfg.views, cfg.img_size) == ("none", "demo", 3, (64, 64))
     assert program.parse_command_line([]).run_name == program.CONSTANTS["run_name"] != "demo"
+
+
+@real
+def test_short_real_run(tmp_path):
+    assert call(["--data-dir", os.environ["FLOWERS_DIR"], "--weights", os.environ["WEIGHTS_FILE"], "--run-name", "t",
+                 "--out-dir", tmp_path, "--eval-splits", "val", "--img-size", "96", "96", "--views", "1",
+                 "--epochs-stage1", "1", "--epochs-stage2", "1"]) == 0
+    assert figures_of(tmp_path)["accuracy"] > 10 / 102  # ten times chance
