@@ -306,12 +306,12 @@ def train(model, blocks, activations, run, cfg):
     # The refit: the mean of the trained heads and of ones in closed form is a linear head too, here a better one.
     if cfg.refit_head and len(epochs) and len(blocks) and run["history"][-1]["epoch"] != "refit":
         start, fitted = time.perf_counter(), copy.deepcopy(heads)
-        inputs = activations | {"train": pooled_features(activations["train"], FrozenLayers(blocks, cfg), cfg)}
-        fitted.fit_closed_form(inputs["train"].tensor, cfg.shrinkage)
+        features = {split: pooled_features(part, FrozenLayers(blocks, cfg), cfg) for split, part in activations.items()}
+        fitted.fit_closed_form(features["train"].tensor, cfg.shrinkage)
         with torch.no_grad():
             for trained, other in zip(heads.parameters(), fitted.parameters()):
                 trained.lerp_(other, 0.5)
-        end_epoch({"stage": 2, "epoch": "refit"}, start, model, blocks, {"heads": heads}, inputs, run, cfg)
+        end_epoch({"stage": 2, "epoch": "refit"}, start, model, nn.Sequential(), {"heads": heads}, features, run, cfg)
 
 
 def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
@@ -955,15 +955,18 @@ def report(model, blocks, activations, data, run, cfg):
     tuned = next((side for side in (best, last) if run["history"][side["rows"] - 1]["stage"] == 2), None)
     texts, comparisons, predictions, metrics = [], [], [], {}
     for split, part in activations.items():
-        probabilities, ending = {}, f"_{split}.png" if len(activations) > 1 else ".png"
-        for title, side in {"frozen": run["frozen"], "fine-tuned": tuned, "": best}.items():
-            if side:  # the best one last: its mistakes are shown
+        sides, ending = {}, f"_{split}.png" if len(activations) > 1 else ".png"
+        for title, side in (("frozen", run["frozen"]), ("fine-tuned", tuned)):
+            if side:
                 model.load_state_dict(side["model"])
-                logits = predict_logits(blocks, model.classifier, part.tensor, cfg)
+                features = pooled_features(part, FrozenLayers(blocks, cfg), cfg)  # mostly known from the training
+                logits = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg)
                 epoch = run["history"][side["rows"] - 1]["epoch"]
-                probabilities[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = logits.softmax(1)
-        *sides, (_, shown) = probabilities.items()
-        metrics[split], text, f1 = compare(split, dict(sides), shown, part.labels, short)
+                sides[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = logits.softmax(1)
+                if side["rows"] == best["rows"]:
+                    shown = logits.softmax(1)
+        model.load_state_dict(best["model"])  # its mistakes are shown
+        metrics[split], text, f1 = compare(split, sides, shown, part.labels, short)
         comparisons.append(text)
         values, likeliest = (top.numpy() for top in shown.topk(min(5, len(names))))
         confusion = confusion_matrix(part.labels, likeliest[:, 0], labels=range(len(names)))
