@@ -1166,19 +1166,22 @@ def predict(cfg):
 
 # ---- Drawn flowers ---------------------------------------------------------------------------------------------------
 
-# Random features are tiny, and a head in closed form amplifies them: hence a low rate for the blocks.
 DEMO = dict(data_dir="data/demo_flowers", img_size=(64, 64), views=4, eval_splits=("val",), weights="none",
-            epochs_stage1=3, epochs_stage2=10, lr_stage2=1e-3, blocks_lr_factor=0.03, batch_size=16, run_name="demo")
+            epochs_stage1=3, epochs_stage2=10, run_name="demo")
 
 
-def start_without_pretraining(model):
-    """Scale random weights so that what passes through them is hardly distorted."""
+def start_without_pretraining(model, paths, cfg):
+    """Make random weights pass on what tells images apart: some of these give BatchNorm its statistics."""
+    views = np.concatenate([load_views(path, 0, 0, cfg) for path in paths[::max(1, len(paths) // 32)]])
     for module in reversed(list(model.modules())):  # parts come before what they are part of
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.constant_(module.weight, 4)  # SiLU and attention each halve a small signal
+            module.train().momentum = None  # estimates the plain mean
+            nn.init.constant_(module.weight, 0.1)  # SiLU bends larger signals, and so many layers of it blend all
         if isinstance(module, MBConv) and module.use_res_connect:
             nn.init.zeros_(module.block[-1][1].weight)  # adds nothing at first (Goyal et al., 2017)
-    nn.init.constant_(model.features[0][1].weight, 0.2)  # keeps all small, as SiLU bends large signals
+    with torch.no_grad():
+        model(make_transforms(cfg).normalize(torch.from_numpy(views).permute(0, 3, 1, 2)).to(cfg.device))
+    model.eval()
 
 
 def draw_demo_images(folder):
@@ -1276,7 +1279,7 @@ def train_and_report(cfg):
     layout = torch.channels_last if cfg.device.type == "cpu" else torch.preserve_format  # slower on a GPU
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
     if pretrained is None:
-        start_without_pretraining(model)
+        start_without_pretraining(model, data.tables["train"].path.tolist(), cfg)
     backbone, blocks = split_model(model, cfg.unfreeze_last_blocks)
     total, head, tail = (sum(map(torch.numel, net.parameters())) for net in (model, model.classifier, blocks))
     print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters\n"

@@ -58,7 +58,7 @@ def test_the_frozen_part_in_half_precision_is_close_to_the_model(options, own_im
     cfg = program.parse_command_line(options + ["--device", "cuda"])
     program.choose_device(cfg)
     paths, model = sorted(own_images.glob("train/*/*.png")), program.build_model(3).to(cfg.device)
-    program.start_without_pretraining(model)
+    program.start_without_pretraining(model, paths, cfg)
     images = torch.stack([torch.from_numpy(program.load_views(path, 0, 0, cfg)) for path in paths])
     frozen, _ = program.split_model(model, 2)
     plain = frozen(program.make_transforms(cfg).normalize(images[:, 0].permute(0, 3, 1, 2).to(cfg.device))).cpu()
