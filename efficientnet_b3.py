@@ -110,7 +110,7 @@ LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the bloc
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
 CLIP_NORM = 1.0  # longer gradients of the unfrozen blocks are shortened to this norm
-REFIT_HEAD = True  # end on the mean of the trained head and lda's on the fine-tuned features
+REFIT_HEAD = True  # each epoch ends on the mean of the trained head and of lda's on the features by then
 
 # Run
 BATCH_SIZE = 32  # training images per step
@@ -271,13 +271,21 @@ class Heads(nn.Module):
         self.bias.copy_(bias)
         logits, left_out = self.logits_of_one_view(features, self.unseen_by), self.unseen_by < num_heads - 1
         if not left_out.any():  # any confidence fits images that all heads have seen
-            print("note       one image per class leaves none to calibrate the probabilities by: they stay near 90 %")
+            print_once("note       one image per class leaves none to calibrate the probabilities by: they stay near 90 %")
             left_out, smoothing = ~left_out, 0.1
         loss = lambda log_scale: F.cross_entropy(logits[left_out] * math.exp(log_scale), self.labels[left_out],
                                                  self.class_weight, label_smoothing=smoothing).item()
         self.log_scale.fill_(minimize_scalar(loss, bounds=(-10, self.log_scale.item()), method="bounded").x)
         for parameter in self.parameters():
             parameter.mul_(self.log_scale.exp())
+
+    @torch.no_grad()
+    def refit(self, features, shrinkage):
+        """Set the heads to the mean of what they are and of ones in closed form, for features that have changed."""
+        fitted = copy.deepcopy(self)
+        fitted.fit_closed_form(features, shrinkage)
+        for trained, other in zip(self.parameters(), fitted.parameters()):
+            trained.lerp_(other, 0.5)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -303,14 +311,11 @@ def train(model, blocks, activations, run, cfg):
     epochs = range(cfg.epochs_stage1 + 1, cfg.epochs_stage1 + cfg.epochs_stage2 + 1)
     train_stage(2, epochs, cfg.lr_stage2, model, blocks, heads, activations, run, cfg)
 
-    # The refit: the mean of the trained heads and of ones in closed form is a linear head too, here a better one.
+    # The last refit has all views of the fine-tuned features.
     if cfg.refit_head and len(epochs) and len(blocks) and run["history"][-1]["epoch"] != "refit":
-        start, fitted = time.perf_counter(), copy.deepcopy(heads)
-        features = {split: pooled_features(part, FrozenLayers(blocks, cfg), cfg) for split, part in activations.items()}
-        fitted.fit_closed_form(features["train"].tensor, cfg.shrinkage)
-        with torch.no_grad():
-            for trained, other in zip(heads.parameters(), fitted.parameters()):
-                trained.lerp_(other, 0.5)
+        start, fine_tuned_blocks = time.perf_counter(), FrozenLayers(blocks, cfg)
+        features = {split: pooled_features(part, fine_tuned_blocks, cfg) for split, part in activations.items()}
+        heads.refit(features["train"].tensor, cfg.shrinkage)
         end_epoch({"stage": 2, "epoch": "refit"}, start, model, nn.Sequential(), {"heads": heads}, features, run, cfg)
 
 
@@ -350,8 +355,8 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
     for module in blocks.modules():  # but not BatchNorm: a batch of 32 would estimate worse statistics
         module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
-    batches, all_logits = torch.randperm(len(views)).split(cfg.batch_size), []
-    for number, images in enumerate(progress(batches, f"epoch {epoch}"), 1):
+    order, all_logits, all_features = torch.randperm(len(views)), [], []
+    for number, images in enumerate(progress(order.split(cfg.batch_size), f"epoch {epoch}"), 1):
         activations, images = views[images, (epoch - 1) % views.shape[1]], images.to(cfg.device)
         with torch.autocast(cfg.device.type, cfg.dtype, enabled=cfg.dtype != torch.float32):
             features = blocks(activations.to(cfg.device)).float()
@@ -367,7 +372,10 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         scaler.step(optimizer)
         scaler.update()
         all_logits.append(logits.detach())
-    return scores("train", torch.cat(all_logits), heads.labels[torch.cat(batches).to(cfg.device)])
+        all_features.append(features.detach())
+    if cfg.refit_head and len(blocks):  # few steps of gradient cannot follow features that change so fast
+        heads.refit(torch.cat(all_features)[order.argsort(), None], cfg.shrinkage)
+    return scores("train", torch.cat(all_logits), heads.labels[order.to(cfg.device)])
 
 
 def end_epoch(row, start, model, blocks, parts, inputs, run, cfg):

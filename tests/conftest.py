@@ -150,14 +150,6 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
-    """Drawing figures would take a third of the time of a test that does not look at one."""
-    monkeypatch.setattr(program.Figure, "savefig", lambda *_args, **_kw: None)
-    for name in ("plot_mistakes", "plot_confusion_matrix", "plot_changes"):
-        monkeypatch.setattr(program, name, lambda *_args: program.Figure())
-
-
-@pytest.fixture
 def flowers(tmp_path, monkeypatch):
     """Flowers-102's own layout with 30 drawn images of three species; its checksums are those of the drawn files."""
     base = tmp_path / "data" / "flowers-102"

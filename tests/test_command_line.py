@@ -23,6 +23,7 @@ from PIL import Image
 
 import efficientnet_b3 as program
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SOURCE = Path(program.__file__).read_text("utf-8")
 
 # options and what the message must say
@@ -91,7 +92,7 @@ def test_every_constant_is_an_option_with_its_comment(monkeypatch, capsys):
         assert program.CONSTANTS[name.lower()] == eval(value)
 
 
-def test_no_epochs_at_all_report_the_head_as_it_is_solved(small_network, options, tmp_path, no_figures, capsys):
+def test_no_epochs_at_all_report_the_head_as_it_is_solved(small_network, options, tmp_path, capsys):
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "0"]
     assert call(options) == 0 and [row["epoch"] for row in history_of(tmp_path / "runs")] == [0]
     assert call(options) == 0 and "new run" not in capsys.readouterr().out
@@ -141,7 +142,7 @@ def test_importing_starts_nothing_and_nothing_stays_behind(tmp_path, monkeypatch
 
 
 def test_pasted_into_a_notebook_it_runs_with_the_constants_as_they_are(
-        own_images, tmp_path, no_figures, monkeypatch, capsys):
+        own_images, tmp_path, monkeypatch, capsys):
     """There is no __file__, and the arguments are the notebook's; the second time, the cell goes on with its run."""
     runs = str(tmp_path / "runs")
     constants = dict(DATA_DIR=str(own_images), OUT_DIR=runs, RUN_NAME="t", WEIGHTS="none", IMG_SIZE=(40, 40), VIEWS=2,
@@ -215,7 +216,7 @@ def test_one_worker_per_core_but_not_too_many(cores, asked, got, options, monkey
     ("os.fork", BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")),
     ("multiprocessing.synchronize.SemLock.__init__", OSError(errno.EROFS, "Read-only file system")),
     ("threading.Thread.start", RuntimeError("can't start new thread"))])
-@pytest.mark.usefixtures("small_network", "no_figures")
+@pytest.mark.usefixtures("small_network")
 def test_workers_that_cannot_start_are_told_as_such(place, error, options, monkeypatch, capfd):
     """A limit of processes or threads, /dev/shm that cannot be written: the system's own words, and what helps."""
     def fail(*_args, **_kwargs):
@@ -328,7 +329,7 @@ def test_a_bug_is_a_traceback(place, bug, workers, options, tmp_path, monkeypatc
 # Last, as it waits for the run beside
 
 
-def test_workers_that_start_afresh_give_the_same_bits(elsewhere, no_figures):
+def test_workers_that_start_afresh_give_the_same_bits(elsewhere):
     process, folder, options = elsewhere
     printed, error = process.communicate()
     assert process.returncode == 0 and error == "", error

@@ -91,7 +91,7 @@ def test_heads_are_never_more_confident_than_the_analysis_or_than_they_were_on_a
     assert confidence(heads, clear) <= 1.001 * before and before < 0.9
 
 
-@pytest.mark.usefixtures("small_network", "no_figures")
+@pytest.mark.usefixtures("small_network", "undrawn")
 def test_one_photograph_of_each_species_leaves_nothing_to_calibrate_by(options, tmp_path, capsys):
     """Heads that have seen all images are right about them whatever their confidence, and about others they are not."""
     names = [f"species {number}" for number in range(20)]
@@ -234,7 +234,7 @@ def forty_and_four(tmp_path):
     return tmp_path / "unequal"
 
 
-def test_a_folder_of_40_and_4_images(small_network, options, forty_and_four, tmp_path, no_figures):
+def test_a_folder_of_40_and_4_images(small_network, options, forty_and_four, tmp_path, undrawn):
     found = {}
     for extra in ("--no-balance", "--balance"):
         runs = tmp_path / extra

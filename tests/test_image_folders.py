@@ -12,7 +12,7 @@ from conftest import (COLOURS, ONE_EPOCH, call, draw, draw_classes, draw_splits,
 
 import efficientnet_b3 as program
 
-pytestmark = pytest.mark.usefixtures("no_figures", "small_network")
+pytestmark = pytest.mark.usefixtures("undrawn", "small_network")
 NAMES = list(COLOURS)
 
 

@@ -13,6 +13,8 @@ from torchvision.models import efficientnet_b3
 
 import efficientnet_b3 as program
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def runs(finished):

@@ -183,21 +183,23 @@ def test_two_classes_and_a_single_image_of_one_work(options, own_images):
     assert call([*options, *ONE_EPOCH, "--head-init", "lda"]) == 0
 
 
-def test_the_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, tmp_path, monkeypatch):
-    """A run without the refit trains the same heads."""
+def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, tmp_path, monkeypatch):
+    """One after the epoch, on its features, one at the end, on all views; a run without them trains the same heads."""
     solved, solve = [], program.Heads.fit_closed_form
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "1"]
 
-    def keep(heads, *args):
-        solve(heads, *args)
-        solved.append(copy.deepcopy(heads))
+    def keep(heads, features, *args):
+        solve(heads, features, *args)
+        solved.append((features.shape, copy.deepcopy(heads.state_dict())))
 
     monkeypatch.setattr(program.Heads, "fit_closed_form", keep)
     call(options)
     call([*options, "--no-refit-head", "--out-dir", tmp_path / "trained"])
+    assert [shape[:2] for shape, _ in solved[:3]] == [(18, 2), (18, 1), (18, 2)]
     mean, trained = (checkpoint(tmp_path / folder, "last")["trainer"]["heads"] for folder in ("runs", "trained"))
-    for key, value in solved[1].state_dict().items():
-        torch.testing.assert_close(mean[key], (value + trained[key]) / 2)
+    for key in ("weight", "bias"):
+        after_epoch = (trained[key] + solved[1][1][key]) / 2
+        torch.testing.assert_close(mean[key], (after_epoch + solved[2][1][key]) / 2)
 
 
 # Runs that cannot go on
