@@ -250,13 +250,11 @@ class Heads(nn.Module):
         return torch.cat([self.logits(view, heads[images]) for view, images in zip(views, parts)])
 
     def loss(self, features, images):
-        """The teachers' logits, and the sum of two losses: theirs, for the blocks; each head's, on what it may see."""
-        teachers = self.logits(features, self.teacher[images])
+        """The sum of two losses: the teachers', for the blocks; and each head's own, on the images that it may see."""
         logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
         cross_entropy = partial(F.cross_entropy, weight=self.class_weight, reduction="sum")
-        loss = cross_entropy(teachers, self.labels[images])
-        loss = loss + cross_entropy(logits.flatten(0, 1), self.targets[:, images].flatten())
-        return teachers, loss / len(images)
+        loss = cross_entropy(self.logits(features, self.teacher[images]), self.labels[images])
+        return (loss + cross_entropy(logits.flatten(0, 1), self.targets[:, images].flatten())) / len(images)
 
     @torch.no_grad()
     def fit_closed_form(self, features, shrinkage):
@@ -304,7 +302,8 @@ def train(model, blocks, activations, run, cfg):
         if not rows:
             if cfg.head_init == "lda":
                 heads.fit_closed_form(features["train"].tensor, cfg.shrinkage)
-            end_epoch({"stage": 1, "epoch": 0}, start, model, no_blocks, {"heads": heads}, features, run, cfg)
+            row = {"stage": 1, "epoch": 0, "lr_head": 0.0, "lr_blocks": 0.0}
+            end_epoch(row, start, features["train"].tensor, model, no_blocks, {"heads": heads}, features, run, cfg)
         train_stage(1, range(1, cfg.epochs_stage1 + 1), cfg.lr_stage1, model, no_blocks, heads, features, run, cfg)
 
     # Stage 2. The last blocks learn as well.
@@ -316,7 +315,8 @@ def train(model, blocks, activations, run, cfg):
         start, fine_tuned_blocks = time.perf_counter(), FrozenLayers(blocks, cfg)
         features = {split: pooled_features(part, fine_tuned_blocks, cfg) for split, part in activations.items()}
         heads.refit(features["train"].tensor, cfg.shrinkage)
-        end_epoch({"stage": 2, "epoch": "refit"}, start, model, nn.Sequential(), {"heads": heads}, features, run, cfg)
+        row = {"stage": 2, "epoch": "refit", "lr_head": 0.0, "lr_blocks": 0.0}
+        end_epoch(row, start, features["train"].tensor, model, nn.Sequential(), {"heads": heads}, features, run, cfg)
 
 
 def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
@@ -333,9 +333,11 @@ def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
     for epoch in left:
         start, rates = time.perf_counter(), scheduler.get_last_lr()  # the heads', then the blocks'
         row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
-        row |= train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
+        features = train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
         scheduler.step()
-        end_epoch(row, start, model, blocks, parts, inputs, run, cfg)
+        if cfg.refit_head and len(blocks):  # features change faster than a few steps of gradient can follow
+            heads.refit(features, cfg.shrinkage)
+        end_epoch(row, start, features, model, blocks, parts, inputs, run, cfg)
 
 
 def parameter_groups(blocks, heads, rate, cfg):
@@ -351,16 +353,16 @@ def parameter_groups(blocks, heads, rate, cfg):
 
 
 def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
-    """One pass over one view of each image, in random order; returns the training loss and accuracy."""
+    """One pass over one view of each image, in random order; returns the features [N, 1, D] as they were seen."""
     for module in blocks.modules():  # but not BatchNorm: a batch of 32 would estimate worse statistics
         module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
-    order, all_logits, all_features = torch.randperm(len(views)), [], []
+    order, all_features = torch.randperm(len(views)), []
     for number, images in enumerate(progress(order.split(cfg.batch_size), f"epoch {epoch}"), 1):
         activations, images = views[images, (epoch - 1) % views.shape[1]], images.to(cfg.device)
         with torch.autocast(cfg.device.type, cfg.dtype, enabled=cfg.dtype != torch.float32):
             features = blocks(activations.to(cfg.device)).float()
-        logits, loss = heads.loss(features, images)
+        loss = heads.loss(features, images)
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower the learning rates, or "
                             "set AMP to False; earlier epochs are saved")
@@ -371,19 +373,14 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         nn.utils.clip_grad_norm_(list(blocks.parameters()), cfg.clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        all_logits.append(logits.detach())
         all_features.append(features.detach())
-    if cfg.refit_head and len(blocks):  # few steps of gradient cannot follow features that change so fast
-        heads.refit(torch.cat(all_features)[order.argsort(), None], cfg.shrinkage)
-    return scores("train", torch.cat(all_logits), heads.labels[order.to(cfg.device)])
+    return torch.cat(all_features)[order.argsort(), None]
 
 
-def end_epoch(row, start, model, blocks, parts, inputs, run, cfg):
+def end_epoch(row, start, features, model, blocks, parts, inputs, run, cfg):
     """Complete a row of the history, and save it with the model and the states of all parts that train it."""
     heads = parts["heads"]
-    if "train_loss" not in row:  # epoch 0 or the refit: inputs["train"] are pooled features
-        logits = heads.logits_of_one_view(inputs["train"].tensor, heads.teacher)
-        row |= {"lr_head": 0.0, "lr_blocks": 0.0} | scores("train", logits, heads.labels)
+    row |= scores("train", heads.logits_of_one_view(features, heads.teacher), heads.labels)
     model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})  # the head of all images
     row |= {"val_loss": None, "val_acc": None}
     if "val" in inputs:
