@@ -109,7 +109,6 @@ BLOCKS_LR_FACTOR = 10.0  # the last block's learning rate is this times LR_STAGE
 LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the block after it
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
-CLIP_NORM = 1.0  # longer gradients of the unfrozen blocks are shortened to this norm
 REFIT_HEAD = True  # each epoch ends on the mean of the trained head and of lda's on the features by then
 
 # Run
@@ -200,9 +199,8 @@ def frozen_activations(table, frozen_part, num_views, cfg):
     constants = {name: getattr(cfg, name) for name in CONSTANTS
                  if re.search(rf"\bcfg\.{name}\b|\b{name.upper()}\b", code) and name not in unused}
     fingerprint = digest([code, constants, num_views, table.sha256.tolist(), frozen_part.digest])
-    files = list(enumerate(table.path))
-    compute = lambda done: outputs_of_files(frozen_part, files[done:], num_views, cfg)
-    tensor = compute_once(fingerprint, len(files), compute, cfg)
+    compute = lambda done: outputs_of_files(frozen_part, list(enumerate(table.path))[done:], num_views, cfg)
+    tensor = compute_once(fingerprint, len(table), compute, cfg)
     return Activations(tensor, torch.tensor(table.label.tolist()), fingerprint)
 
 
@@ -368,9 +366,6 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
                             "set AMP to False; earlier epochs are saved")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        # Nearly every gradient is longer than this: Adam averages directions, and no odd batch outweighs the others.
-        nn.utils.clip_grad_norm_(list(blocks.parameters()), cfg.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         all_features.append(features.detach())
