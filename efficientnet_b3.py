@@ -96,7 +96,7 @@ UNFREEZE_LAST_BLOCKS = 2  # of the 9 feature blocks, how many stage 2 trains; 0:
 HEAD_INIT = "lda"  # the head's start: lda, linear discriminant analysis in closed form, or random
 SHRINKAGE = 0.3  # of lda's covariance matrix: near 0 as measured, 1 a multiple of the identity
 FOLDS = 5  # parts of the training images for cross-fitting and for the temperature
-BALANCE = False  # each class counts alike in all losses, however many images it has
+BALANCE = False  # each class counts alike in all losses that train, however many images it has
 
 # Stage 1: the head on the frozen backbone
 EPOCHS_STAGE1 = 8  # passes over the training images
@@ -109,7 +109,7 @@ BLOCKS_LR_FACTOR = 10.0  # the last block's learning rate is this times LR_STAGE
 LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the block after it
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
-REFIT_HEAD = True  # each epoch ends on the mean of the trained head and of lda's on the features by then
+REFIT_HEAD = True  # each epoch of stage 2, and the run, end on the mean of the trained head and of lda's by then
 
 # Run
 BATCH_SIZE = 32  # training images per step
@@ -216,7 +216,7 @@ def pooled_features(activations, blocks, cfg):
 # Ten images per class are few: a head soon knows its training images by heart, and its loss on them says nothing of
 # other images. So FOLDS + 1 heads are trained side by side: head k never sees the images of fold k, the last one sees
 # all and goes into the model. The outputs of heads for images that they have not seen set the temperature, and the
-# unfrozen blocks learn from them (cross-fitting, Chernozhukov et al., 2018): on a frozen backbone like validation.
+# unfrozen blocks learn from them (cross-fitting, Chernozhukov et al., 2018). In stage 1 they resemble validation.
 
 
 class Heads(nn.Module):
@@ -225,7 +225,7 @@ class Heads(nn.Module):
     def __init__(self, linear, labels, cfg):
         super().__init__()
         unseen_by, counts = deal_folds(labels, cfg), labels.bincount()
-        teacher = unseen_by if cfg.cross_fit else torch.full_like(labels, cfg.folds)
+        teacher = unseen_by if cfg.cross_fit else torch.full_like(labels, cfg.folds)  # the head that teaches the blocks
         targets = labels.where(unseen_by != torch.arange(cfg.folds + 1)[:, None], -100)  # which cross_entropy ignores
         targets[-1] = labels  # the last head sees all
         class_weight = len(labels) / len(counts) / counts if cfg.balance else torch.ones(len(counts))
@@ -233,7 +233,7 @@ class Heads(nn.Module):
             part.to(cfg.device) for part in (labels, unseen_by, teacher, targets, class_weight))
         self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
-        self.register_buffer("log_scale", torch.tensor(0.0))  # of the last fit_closed_form; the next may not exceed it
+        self.register_buffer("log_scale", torch.tensor(0.0))  # of epoch 0's fit_closed_form; no refit may exceed it
 
     def logits(self, features, heads):
         """Logits [B, classes] where head number heads[i] classifies image i."""
@@ -248,7 +248,7 @@ class Heads(nn.Module):
         return torch.cat([self.logits(view, heads[images]) for view, images in zip(views, parts)])
 
     def loss(self, features, images):
-        """The sum of two losses: the teachers', for the blocks; and each head's own, on the images that it may see."""
+        """The sum of two losses: that of each image's teacher, for the blocks; each head's own, on what it may see."""
         logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
         cross_entropy = partial(F.cross_entropy, weight=self.class_weight, reduction="sum")
         loss = cross_entropy(self.logits(features, self.teacher[images]), self.labels[images])
@@ -258,8 +258,8 @@ class Heads(nn.Module):
     def fit_closed_form(self, features, shrinkage):
         """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale.
 
-        It has the lowest loss on left-out images (temperature scaling: Guo et al., 2017), yet is never larger than the
-        one before, as blocks that are fine-tuned have seen those images, and may get all of them right.
+        It has the lowest loss on left-out images (temperature scaling: Guo et al., 2017), yet is never larger than in
+        epoch 0, as blocks that are fine-tuned have seen those images, and may get all of them right.
         """
         num_heads, smoothing = len(self.bias), 0.0
         weight, bias = discriminants(features, self.labels, self.unseen_by, self.class_weight, num_heads, shrinkage)
@@ -267,7 +267,7 @@ class Heads(nn.Module):
         self.bias.copy_(bias)
         logits, left_out = self.logits_of_one_view(features, self.unseen_by), self.unseen_by < num_heads - 1
         if not left_out.any():  # any confidence fits images that all heads have seen
-            print_once("note       one image per class leaves none to calibrate the probabilities by: they stay near 90 %")
+            print_once("note       one image per class leaves none to calibrate by: probabilities stay near 90 %")
             left_out, smoothing = ~left_out, 0.1
         loss = lambda log_scale: F.cross_entropy(logits[left_out] * math.exp(log_scale), self.labels[left_out],
                                                  self.class_weight, label_smoothing=smoothing).item()
@@ -352,7 +352,7 @@ def parameter_groups(blocks, heads, rate, cfg):
 
 def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
     """One pass over one view of each image, in random order; returns the features [N, 1, D] as they were seen."""
-    for module in blocks.modules():  # but not BatchNorm: a batch of 32 would estimate worse statistics
+    for module in blocks.modules():  # BatchNorm keeps its statistics: a batch of 32 would estimate worse ones
         module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
     order, all_features = torch.randperm(len(views)), []
@@ -654,7 +654,7 @@ def take_up_run(model, data, cfg):
         old.mkdir()
         for file in files:
             file.rename(old / file.name)
-        print(f"new run    {reason}; to go back, move the files in {old} back and repeat their command")
+        print(f"new run    {reason}; to go back, undo that, move the files in {old} back and repeat their command")
     constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
     write_output(run_file(cfg, "config.json"), json.dumps(constants | config, indent=1) + "\n")
     print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
@@ -1167,7 +1167,7 @@ def predict(cfg):
 # ---- Drawn flowers ---------------------------------------------------------------------------------------------------
 
 DEMO = dict(data_dir="data/demo_flowers", img_size=(64, 64), views=4, eval_splits=("val",), weights="none",
-            epochs_stage1=3, epochs_stage2=10, run_name="demo")
+            epochs_stage1=3, epochs_stage2=8, run_name="demo")
 
 
 def start_without_pretraining(model, paths, cfg):

@@ -1,4 +1,4 @@
-"""What does each part of the recipe buy? Makes the README's table from one command, and is where to try a new one.
+"""What does each part of the recipe buy? Makes a table of it from one command, and is where to try a new one.
 
     python tests/ablation.py --data-dir data --weights FILE [--seeds 0 1 2 3 4] [--rows NAME ...] [any other option]
 
