@@ -3,7 +3,7 @@
     python efficientnet_b3.py                        train (or continue), evaluate, report
     python efficientnet_b3.py --epochs-stage2 10     any constant, by its name in lower case with dashes
     python efficientnet_b3.py --fresh                start anew; the files of an earlier run are moved aside
-    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, about two minutes
+    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, two to three minutes
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
 
 Stage 1 trains the classifier head on a frozen backbone, stage 2 fine-tunes the last feature blocks as well, and the
@@ -109,7 +109,7 @@ BLOCKS_LR_FACTOR = 10.0  # the last block's learning rate is this times LR_STAGE
 LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the block after it
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
-REFIT_HEAD = True  # each epoch of stage 2, and the run, end on the mean of the trained head and of lda's by then
+REFIT_HEAD = True  # after each epoch of stage 2, and at the end, the head becomes its mean with lda's
 
 # Run
 BATCH_SIZE = 32  # training images per step
@@ -184,8 +184,8 @@ def split_model(model, num_blocks):
 #     image file --once--> decoded --once per view--> augmented --> frozen part --> activations, a file
 #     activations (232x10x10, 46 kB in half precision) --in every step--> unfrozen blocks --> head --> loss
 #
-# With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540, each in a
-# sixth of the time ("Fast passes" below). The next run, with other rates or epochs or another name, computes none.
+# With 8 views, 13 epochs and a last evaluation cost 9,180 passes through the frozen part instead of 27,540, and each of
+# these is faster ("Fast passes" below). The next run, with other rates or epochs or another name, computes none.
 
 Activations = namedtuple("Activations", "tensor labels fingerprint")  # [N, V, ...], int64 [N], hash of their origin
 NOT_FROZEN = frozenset(("Heads", "Closed form", "Training"))  # rooms of this file that decide no activations
@@ -469,9 +469,9 @@ def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkag
 
 # ---- Fast passes -----------------------------------------------------------------------------------------------------
 #
-# As the weights are fixed, a pass takes a sixth of the plain time: BatchNorm folded into the convolutions,
-# channels_last, half precision, few images at a time so that they stay in a processor's cache, and one process per
-# core. A GPU takes many images at a time, which all processes prepare.
+# As the weights are fixed, a pass takes a sixth of the plain time, or two fifths where there is no half precision:
+# BatchNorm folded into the convolutions, channels_last, few images at a time so that they stay in a processor's cache,
+# and one process per core. A GPU takes many images at a time, which all processes prepare.
 
 
 class FrozenLayers:
