@@ -290,12 +290,13 @@ class Heads(nn.Module):
 def train(model, blocks, activations, run, cfg):
     """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
     heads, rows = Heads(model.classifier[1], activations["train"].labels, cfg), len(run["history"])
+    no_blocks = nn.Sequential()
     if rows:
         heads.load_state_dict(run["trainer"]["heads"])
 
     # Stage 1. The last blocks stand still too: their outputs are computed once, and the heads learn from them.
     if rows <= cfg.epochs_stage1:
-        start, frozen_blocks, no_blocks = time.perf_counter(), FrozenLayers(blocks, cfg), nn.Sequential()
+        start, frozen_blocks = time.perf_counter(), FrozenLayers(blocks, cfg)
         features = {split: pooled_features(part, frozen_blocks, cfg) for split, part in activations.items()}
         if not rows:
             if cfg.head_init == "lda":
@@ -314,7 +315,7 @@ def train(model, blocks, activations, run, cfg):
         features = {split: pooled_features(part, fine_tuned_blocks, cfg) for split, part in activations.items()}
         heads.refit(features["train"].tensor, cfg.shrinkage)
         row = {"stage": 2, "epoch": "refit", "lr_head": 0.0, "lr_blocks": 0.0}
-        end_epoch(row, start, features["train"].tensor, model, nn.Sequential(), {"heads": heads}, features, run, cfg)
+        end_epoch(row, start, features["train"].tensor, model, no_blocks, {"heads": heads}, features, run, cfg)
 
 
 def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
@@ -960,11 +961,11 @@ def report(model, blocks, activations, data, run, cfg):
             if side:
                 model.load_state_dict(side["model"])
                 features = pooled_features(part, FrozenLayers(blocks, cfg), cfg)  # mostly known from the training
-                logits = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg)
+                probabilities = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg).softmax(1)
                 epoch = run["history"][side["rows"] - 1]["epoch"]
-                sides[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = logits.softmax(1)
-                if side["rows"] == best["rows"]:
-                    shown = logits.softmax(1)
+                sides[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = probabilities
+                if side["rows"] == best["rows"]:  # the best model is always one of the two
+                    shown = probabilities
         model.load_state_dict(best["model"])  # its mistakes are shown
         metrics[split], text, f1 = compare(split, sides, shown, part.labels, short)
         comparisons.append(text)
