@@ -327,8 +327,9 @@ def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
     scaler = torch.amp.GradScaler(cfg.device.type, init_scale=1024, enabled=cfg.dtype == torch.float16)
     parts = {"heads": heads, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     left = range(max(epochs.start, len(run["history"])), epochs.stop)  # row e of the history is epoch e
-    for name, part in parts.items() if 0 < len(left) < len(epochs) else ():  # the run was stopped in this stage
-        part.load_state_dict(run["trainer"][name])
+    if 0 < len(left) < len(epochs):  # the run was stopped in this stage
+        for name, part in parts.items():
+            part.load_state_dict(run["trainer"][name])
     for epoch in left:
         start, rates = time.perf_counter(), scheduler.get_last_lr()  # the heads', then the blocks'
         row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
@@ -343,12 +344,16 @@ def parameter_groups(blocks, heads, rate, cfg):
     """What learns, with its learning rate: the heads, then the blocks from the last to the first."""
     groups = [{"params": list(heads.parameters()), "lr": rate}]
     for block in reversed(blocks):
-        # Of all parameters, depthwise kernels alone are [channels, 1, height, width].
-        learning = [p for p in block.parameters() if cfg.train_depthwise or p.shape[1:2] != (1,)]
-        if learning:  # pooling has none
+        if learning := trainable_parameters(block, cfg):  # pooling has none
             factor = cfg.blocks_lr_factor * cfg.layer_decay ** (len(groups) - 1)
             groups.append({"params": [p.requires_grad_() for p in learning], "lr": rate * factor})
     return groups
+
+
+def trainable_parameters(blocks, cfg):
+    """What stage 2 trains of blocks."""
+    # Of all parameters, depthwise kernels alone are [channels, 1, height, width].
+    return [p for p in blocks.parameters() if cfg.train_depthwise or p.shape[1:2] != (1,)]
 
 
 def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
@@ -1282,7 +1287,8 @@ def train_and_report(cfg):
     if pretrained is None:
         start_without_pretraining(model, data.tables["train"].path.tolist(), cfg)
     backbone, blocks = split_model(model, cfg.unfreeze_last_blocks)
-    total, head, tail = (sum(map(torch.numel, net.parameters())) for net in (model, model.classifier, blocks))
+    total, head, tail = (sum(map(torch.numel, parameters)) for parameters in (
+        model.parameters(), model.classifier.parameters(), trainable_parameters(blocks, cfg)))
     print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters\n"
           f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
     frozen_part = FrozenLayers(backbone, cfg)

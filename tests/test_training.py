@@ -143,13 +143,14 @@ def test_in_stage_1_the_head_alone_learns(options, tmp_path):
     assert moved == {"classifier.1.weight", "classifier.1.bias"}
 
 
-def test_depthwise_kernels_stand_still_if_told(options, tmp_path):
+def test_depthwise_kernels_stand_still_if_told_and_are_not_counted_as_trained(options, tmp_path, capsys):
     assert call([*options, "--no-train-depthwise", "--epochs-stage1", "0"]) == 0
     before, after = start_of(options), checkpoint(tmp_path / "runs", "last")["model"]
     depthwise = {f"features.{name}.weight" for name, layer in program.build_model(3).features.named_modules()
                  if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1}
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert not moved & depthwise and {"features.7.1.block.0.0.weight", "features.8.0.weight"} <= moved
+    assert f"{sum(before[key].numel() for key in moved):,} in stage 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("extra", [
