@@ -582,8 +582,13 @@ def compute_once(fingerprint, rows, compute, cfg):
     of them are surely on the disk: a pass that was killed goes on with compute(that many).
     """
     path = Path(cfg.out_dir, "activations", fingerprint[:32] + ".bin")
-    note = path.with_suffix(".json")
-    with FileLock(path.with_suffix(".lock")), open(path, "ab") as file:  # another run that needs the same rows waits
+    note, lock = path.with_suffix(".json"), FileLock(path.with_suffix(".lock"))
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print("frozen     waiting for another run, which computes what this one needs too")
+        held = lock.acquire()
+    with held, open(path, "ab") as file:
         known = json.loads(note.read_text()) if note.exists() else {"rows": 0, "row_bytes": 0}
         if file.tell() < known["rows"] * known["row_bytes"]:
             known["rows"] = file.tell() // known["row_bytes"] // 128 * 128  # in batches as they were
