@@ -16,7 +16,7 @@ report compares the two. The rooms of this file:
     Fast passes, Activation files  inference in worker processes; its results on the disk
     Files of a run                 checkpoints, and how a run goes on
     Images and weights, Reports    what lies on the disk; figures, and frozen against fine-tuned; then Prediction,
-                                   Drawn flowers, Command line, Helpers
+                                   Drawn flowers, Whole run, Command line, Helpers
 """
 
 import linecache
@@ -188,13 +188,13 @@ def split_model(model, num_blocks):
 # these is faster ("Fast passes" below). The next run, with other rates or epochs or another name, computes none.
 
 Activations = namedtuple("Activations", "tensor labels fingerprint")  # [N, V, ...], int64 [N], hash of their origin
-NOT_FROZEN = frozenset(("Heads", "Closed form", "Training"))  # rooms of this file that decide no activations
+NOT_FROZEN = frozenset(("Heads", "Closed form", "Training", "Whole run"))  # rooms that decide no activations
 
 
 def frozen_activations(table, frozen_part, num_views, cfg):
     """What FrozenLayers give for `num_views` views of each image of a table, or, if 0, for the plain images."""
     code = str(code_of(without=NOT_FROZEN))
-    unused = WITHOUT_EFFECT if num_views else {"seed", "views", *WITHOUT_EFFECT}  # no draw decides a plain image
+    unused = WITHOUT_EFFECT if num_views else {"seed", *WITHOUT_EFFECT}  # no draw decides a plain image
     # Of the constants, those count that this code reads, as cfg.name or by their own name.
     constants = {name: getattr(cfg, name) for name in CONSTANTS
                  if re.search(rf"\bcfg\.{name}\b|\b{name.upper()}\b", code) and name not in unused}
@@ -205,9 +205,10 @@ def frozen_activations(table, frozen_part, num_views, cfg):
 
 
 def pooled_features(activations, blocks, cfg):
-    """The pooled features [N, V, D] that the last blocks, as FrozenLayers, make of activations."""
-    fingerprint, tensor = digest([activations.fingerprint, blocks.digest]), activations.tensor
-    compute = lambda done: map(blocks, progress(tensor[done:].split(64), "last blocks"))
+    """The pooled features [N, V, D] that the last blocks, as they are now, make of activations."""
+    layers, tensor = FrozenLayers(blocks, cfg), activations.tensor
+    fingerprint = digest([activations.fingerprint, layers.digest])
+    compute = lambda done: map(layers, progress(tensor[done:].split(64), "last blocks"))
     return Activations(compute_once(fingerprint, len(tensor), compute, cfg), activations.labels, fingerprint)
 
 
@@ -233,7 +234,7 @@ class Heads(nn.Module):
             part.to(cfg.device) for part in (labels, unseen_by, teacher, targets, class_weight))
         self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
-        self.register_buffer("log_scale", torch.tensor(0.0))  # of epoch 0's fit_closed_form; no refit may exceed it
+        self.register_buffer("log_scale", torch.tensor(0.0))  # of epoch 0's closed form, if any: no refit exceeds it
 
     def logits(self, features, heads):
         """Logits [B, classes] where head number heads[i] classifies image i."""
@@ -243,9 +244,8 @@ class Heads(nn.Module):
 
     def logits_of_one_view(self, features, heads):
         """The same for one view of each image of features [N, V, D]: logits [N, classes]."""
-        parts = torch.arange(len(features)).split(512)
-        views = (features[images, images % features.shape[1]].to(self.weight) for images in parts)
-        return torch.cat([self.logits(view, heads[images]) for view, images in zip(views, parts)])
+        images = torch.arange(len(features))
+        return self.logits(features[images, images % features.shape[1]].to(self.weight), heads)
 
     def loss(self, features, images):
         """The sum of two losses: that of each image's teacher, for the blocks; each head's own, on what it may see."""
@@ -258,8 +258,8 @@ class Heads(nn.Module):
     def fit_closed_form(self, features, shrinkage):
         """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale.
 
-        It has the lowest loss on left-out images (temperature scaling: Guo et al., 2017), yet is never larger than in
-        epoch 0, as blocks that are fine-tuned have seen those images, and may get all of them right.
+        The scale minimises the loss on left-out images (temperature scaling: Guo et al., 2017), up to epoch 0's, or 1
+        without one: blocks that are fine-tuned have seen those images, and may get all of them right.
         """
         num_heads, smoothing = len(self.bias), 0.0
         weight, bias = discriminants(features, self.labels, self.unseen_by, self.class_weight, num_heads, shrinkage)
@@ -296,8 +296,8 @@ def train(model, blocks, activations, run, cfg):
 
     # Stage 1. The last blocks stand still too: their outputs are computed once, and the heads learn from them.
     if rows <= cfg.epochs_stage1:
-        start, frozen_blocks = time.perf_counter(), FrozenLayers(blocks, cfg)
-        features = {split: pooled_features(part, frozen_blocks, cfg) for split, part in activations.items()}
+        start = time.perf_counter()
+        features = {split: pooled_features(part, blocks, cfg) for split, part in activations.items()}
         if not rows:
             if cfg.head_init == "lda":
                 heads.fit_closed_form(features["train"].tensor, cfg.shrinkage)
@@ -311,8 +311,8 @@ def train(model, blocks, activations, run, cfg):
 
     # The last refit has all views of the fine-tuned features.
     if cfg.refit_head and len(epochs) and len(blocks) and run["history"][-1]["epoch"] != "refit":
-        start, fine_tuned_blocks = time.perf_counter(), FrozenLayers(blocks, cfg)
-        features = {split: pooled_features(part, fine_tuned_blocks, cfg) for split, part in activations.items()}
+        start = time.perf_counter()
+        features = {split: pooled_features(part, blocks, cfg) for split, part in activations.items()}
         heads.refit(features["train"].tensor, cfg.shrinkage)
         row = {"stage": 2, "epoch": "refit", "lr_head": 0.0, "lr_blocks": 0.0}
         end_epoch(row, start, features["train"].tensor, model, no_blocks, {"heads": heads}, features, run, cfg)
@@ -396,7 +396,7 @@ def scores(split, logits, labels):
 
 
 def best_row(history):
-    """The row with the highest validation accuracy; of equals, the lowest loss, then the first; the last without it."""
+    """The row of highest validation accuracy, of equals of lowest loss, then the first; without validation the last."""
     if history[-1]["val_acc"] is None:
         return history[-1]
     return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))
@@ -432,7 +432,7 @@ def load_image(path):
 
 
 def deal_folds(labels, cfg):
-    """The head that never sees an image, int64 [N]: one of FOLDS, or for a class's only image the last, which does."""
+    """The head that leaves out each image, int64 [N]; for a class's only image FOLDS, the head of all images."""
     unseen_by, counts = torch.full_like(labels, cfg.folds), labels.bincount()
     shared = (counts[labels] > 1).nonzero()[:, 0]
     if len(shared):
@@ -590,16 +590,16 @@ def compute_once(fingerprint, rows, compute, cfg):
         held = lock.acquire()
     with held, open(path, "ab") as file:
         known = json.loads(note.read_text()) if note.exists() else {"rows": 0, "row_bytes": 0}
-        if file.tell() < known["rows"] * known["row_bytes"]:
-            known["rows"] = file.tell() // known["row_bytes"] // 128 * 128  # in batches as they were
+        if file.tell() < known["rows"] * known["row_bytes"]:  # somebody has cut it
+            known["rows"] = 0
         # Written, not mapped: on a full disk a write raises an error, but a mapped file kills the process.
         file.truncate(known["rows"] * known["row_bytes"])
         noted = time.monotonic()
         for part in compute(known["rows"]) if known["rows"] < rows else ():
             known |= {"shape": (rows, *part.shape[1:]), "row_bytes": part[0].nbytes}
             if (need := (rows - known["rows"]) * known["row_bytes"]) > shutil.disk_usage(path.parent).free:
-                raise UserError(f"no room for {need / 1e9:.1f} GB of activations in {path.parent}: lower VIEWS or "
-                                "UNFREEZE_LAST_BLOCKS, or set --out-dir")
+                raise UserError(f"no room for {need / 1e9:.1f} GB of activations in {path.parent}: remove older ones "
+                                "there, lower --views or --unfreeze-last-blocks, or set --out-dir")
             file.write(part.view(torch.uint8).numpy())
             known["rows"] += len(part)
             if time.monotonic() - noted > 5 or known["rows"] == rows:
@@ -666,8 +666,6 @@ def take_up_run(model, data, cfg):
         for file in files:
             file.rename(old / file.name)
         print(f"new run    {reason}; to go back, undo that, move the files in {old} back and repeat their command")
-    constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
-    write_output(run_file(cfg, "config.json"), json.dumps(constants | config, indent=1) + "\n")
     print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
     for end in range(len(run["history"])):
         print_epoch(run["history"][:end + 1])
@@ -714,7 +712,7 @@ def load_checkpoint(path, wanted=("model", "config", "class_names", "history")):
         raise UserError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # nothing else is safe to load
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -730,8 +728,8 @@ def run_file(cfg, suffix):
     return Path(cfg.out_dir) / f"{cfg.run_name}_{suffix}"
 
 
-def write_file(path, content, sync=True):
-    """Write text, a figure or a checkpoint (plain Python and tensors), whole or not at all; `sync`: a power cut too."""
+def write_file(path, content):
+    """Write text, a figure or a checkpoint (plain Python and tensors), whole or not at all, whatever cuts it short."""
     buffer = io.BytesIO()  # torch.save would hide what a full disk says
     if isinstance(content, Figure):
         content.savefig(buffer, format="png", bbox_inches="tight")
@@ -745,8 +743,7 @@ def write_file(path, content, sync=True):
         with open(unfinished, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
-            if sync:  # takes its time
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -755,7 +752,7 @@ def write_file(path, content, sync=True):
 def write_output(path, content):
     """Write a table or a picture; where it cannot be replaced, as it is open elsewhere, say so once and go on."""
     try:
-        write_file(path, content, sync=False)
+        write_file(path, content)
     except OSError as error:
         print_once(f"note       cannot write {path} ({error.strerror}): the run goes on, and will try again")
 
@@ -774,7 +771,7 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 def find_images(cfg):
     """The images of the run, those of train and val checked; UserError says what is wrong with the folder."""
     folder, needed = Path(cfg.data_dir), {"train"} if "val" in cfg.train_splits else {"train", "val"}
-    if not folder.is_dir() and folder != Path("data"):  # where any other one is missing, it is mistyped
+    if not folder.is_dir() and folder != Path(CONSTANTS["data_dir"]):  # where another one is missing, it is mistyped
         raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
     flowers = not folder.exists() or not visible(folder, cfg) or (folder / "flowers-102").is_dir()
     folders, titles, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
@@ -970,12 +967,11 @@ def report(model, blocks, activations, data, run, cfg):
         for title, side in (("frozen", run["frozen"]), ("fine-tuned", tuned)):
             if side:
                 model.load_state_dict(side["model"])
-                features = pooled_features(part, FrozenLayers(blocks, cfg), cfg)  # mostly known from the training
+                features = pooled_features(part, blocks, cfg)  # mostly known from the training
                 probabilities = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg).softmax(1)
                 epoch = run["history"][side["rows"] - 1]["epoch"]
                 sides[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = probabilities
-                if side["rows"] == best["rows"]:  # the best model is always one of the two
-                    shown = probabilities
+        shown = list(sides.values())[-1 if tuned is best else 0]
         model.load_state_dict(best["model"])  # its mistakes are shown
         metrics[split], text, f1 = compare(split, sides, shown, part.labels, short)
         comparisons.append(text)
@@ -1078,8 +1074,10 @@ def plot_changes(f1, title):
 
 
 def draw_curves(run, cfg, at_once=False):
-    """Write history.csv, and, at most every ten seconds unless `at_once`, the curves of loss and accuracy."""
+    """Write config.json, history.csv, and, at most every ten seconds unless `at_once`, the curves."""
     table, file = pd.DataFrame(run["history"]), run_file(cfg, "acc.png")
+    constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
+    write_output(run_file(cfg, "config.json"), json.dumps(constants | run["config"], indent=1) + "\n")
     write_output(run_file(cfg, "history.csv"), table.to_csv(index=False))
     if file.exists() and time.time() - file.stat().st_mtime < 10 and not at_once:
         return
@@ -1154,7 +1152,7 @@ def predict(cfg):
         if not path.exists():
             raise UserError(f"{path} does not exist: name images or folders")
         files = [path] if path.is_file() else list(files_below(path, cfg))
-        paths += files if path.is_file() else only_images(files, files, sys.stderr)
+        paths += files if path.is_file() else only_images(files, set(files), sys.stderr)
     state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"))
     config, names = state["config"], state["class_names"]
     cfg.img_size, cfg.crop = config["img_size"], config["crop"]
@@ -1218,6 +1216,42 @@ def draw_flower(species, number, size=96):
     return Image.fromarray((picture * pose.uniform(150, 255)).astype(np.uint8))
 
 
+# ---- Whole run -------------------------------------------------------------------------------------------------------
+
+
+def train_and_report(cfg):
+    """The whole run: data, model, activations, both stages, reports."""
+    socket.setdefaulttimeout(60)  # no download waits for ever
+    print(f"device     {cfg.device}, {str(cfg.dtype).removeprefix('torch.')}")
+    if cfg.demo:
+        print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
+        draw_demo_images(Path(cfg.data_dir))
+    # What a user can have got wrong comes first: images, but for those of test, then weights.
+    data, pretrained = find_images(cfg), load_pretrained(cfg.weights)
+    layout = torch.channels_last if cfg.device.type == "cpu" else torch.preserve_format  # a GPU trains slower in it
+    model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
+    if pretrained is None:
+        start_without_pretraining(model, data.tables["train"].path.tolist(), cfg)
+    backbone, blocks = split_model(model, cfg.unfreeze_last_blocks)
+    total, head, tail = (sum(map(torch.numel, parameters)) for parameters in (
+        model.parameters(), model.classifier.parameters(), trainable_parameters(blocks, cfg)))
+    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters\n"
+          f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
+    frozen_part = FrozenLayers(backbone, cfg)
+    activations = {split: frozen_activations(table, frozen_part, cfg.views if split == "train" else 0, cfg)
+                   for split, table in data.tables.items() if split != "test"}
+    remove_old_activations({part.fingerprint[:32] for part in activations.values()}, cfg)
+    run = take_up_run(model, data, cfg)
+    train(model, blocks, activations, run, cfg)
+    if "test" in data.tables:  # nobody waits for these before the training
+        data.tables["test"] = check_images(data.tables["test"], cfg)
+        table = pd.concat(data.tables.values())
+        tell_copies(table[table.sha256.isin(data.tables["test"].sha256)])  # the others are told already
+        activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
+    report(model, blocks, {name: activations[name] for name in ("val", "test") if name in cfg.eval_splits
+                           and name in activations}, data, run, cfg)
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
@@ -1252,8 +1286,8 @@ def parse_command_line(argv):
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
         "RUN_NAME must be a file name": cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip("."),
         "UNFREEZE_LAST_BLOCKS must be from 0 to 9": 0 <= cfg.unfreeze_last_blocks <= 9,
-        "CROP, VAL_FRACTION and SHRINKAGE must be from 0 to 1": all(
-            0 <= share <= 1 for share in (cfg.crop, cfg.val_fraction, cfg.shrinkage)),
+        "CROP and VAL_FRACTION must be from 0 to 1": all(0 <= share <= 1 for share in (cfg.crop, cfg.val_fraction)),
+        "SHRINKAGE must be above 0, at most 1": 0 < cfg.shrinkage <= 1,
         "VIEWS and BATCH_SIZE must be at least 1, FOLDS 2": min(cfg.views, cfg.batch_size, cfg.folds - 1) >= 1,
         "epochs and SEED must not be negative": min(cfg.epochs_stage1, cfg.epochs_stage2, cfg.seed) >= 0,
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
@@ -1276,39 +1310,6 @@ def choose_device(cfg):
     bfloat16 = processor.get("avx512_bf16") or processor.get("bf16")  # elsewhere it is slower than float32
     half = {"cuda": torch.float16, "cpu": torch.bfloat16 if bfloat16 else torch.float32}
     cfg.dtype = half.get(cfg.device.type, torch.float32) if cfg.amp else torch.float32
-
-
-def train_and_report(cfg):
-    """The whole run: data, model, activations, both stages, reports."""
-    socket.setdefaulttimeout(60)  # no download waits for ever
-    print(f"device     {cfg.device}, {str(cfg.dtype).removeprefix('torch.')}")
-    if cfg.demo:
-        print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
-        draw_demo_images(Path(cfg.data_dir))
-    # What a user can have got wrong comes first: images, but for those of test, then weights.
-    data, pretrained = find_images(cfg), load_pretrained(cfg.weights)
-    layout = torch.channels_last if cfg.device.type == "cpu" else torch.preserve_format  # slower on a GPU
-    model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
-    if pretrained is None:
-        start_without_pretraining(model, data.tables["train"].path.tolist(), cfg)
-    backbone, blocks = split_model(model, cfg.unfreeze_last_blocks)
-    total, head, tail = (sum(map(torch.numel, parameters)) for parameters in (
-        model.parameters(), model.classifier.parameters(), trainable_parameters(blocks, cfg)))
-    print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters\n"
-          f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
-    frozen_part = FrozenLayers(backbone, cfg)
-    activations = {split: frozen_activations(table, frozen_part, cfg.views if split == "train" else 0, cfg)
-                   for split, table in data.tables.items() if split != "test"}
-    remove_old_activations({part.fingerprint[:32] for part in activations.values()}, cfg)
-    run = take_up_run(model, data, cfg)
-    train(model, blocks, activations, run, cfg)
-    if "test" in data.tables:  # nobody waits for these before the training
-        data.tables["test"] = check_images(data.tables["test"], cfg)
-        table = pd.concat(data.tables.values())
-        tell_copies(table[table.sha256.isin(data.tables["test"].sha256)])  # the others are told already
-        activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
-    report(model, blocks, {name: activations[name] for name in ("val", "test") if name in cfg.eval_splits
-                           and name in activations}, data, run, cfg)
 
 
 def main(argv=()):
@@ -1398,7 +1399,7 @@ def code_of(without=frozenset()):
                 if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
                     part.body = part.body[1:] or [ast.Pass()]
             name = getattr(node, "name", ast.unparse(node).split(" = ")[0])
-            if name.lower() not in CONSTANTS:  # which count by their values
+            if name not in map(str.upper, CONSTANTS):  # which count by their values
                 definitions[name] = definitions.get(name, "") + ast.unparse(node)
     return definitions
 

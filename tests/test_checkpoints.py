@@ -166,6 +166,27 @@ def test_old_files_go_where_there_are_none(trained, no_report, tmp_path):
     assert not list((tmp_path / "runs" / "t_old2").iterdir())
 
 
+def test_a_run_stopped_before_its_first_row_leaves_nothing_to_move_aside(options, no_report, tmp_path, monkeypatch,
+                                                                         capsys):
+    def die(*_args):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(program, "end_epoch", die)
+        call(options)
+    assert call(options) == 0 and "new run" not in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "t_old1").exists()
+
+
+def test_memory_that_is_short_moves_no_run_aside(trained, no_report, tmp_path, monkeypatch, capsys):
+    def load(*_args, **_kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    assert call(trained) == 1 and is_one_line(capsys.readouterr().err, "out of memory")
+    assert not (tmp_path / "runs" / "t_old1").exists()
+
+
 def test_a_run_with_a_constant_that_is_no_more_is_moved_aside_and_named(trained, no_report, tmp_path, capsys):
     path = tmp_path / "runs" / "t_last.pth"
     state = torch.load(path, weights_only=True)

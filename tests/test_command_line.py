@@ -36,7 +36,7 @@ ROWS = [
     (["--unfreeze-last-blocks", "10"], "UNFREEZE_LAST_BLOCKS"), (["--head-init", "zero"], "HEAD_INIT"),
     (["--demo"], "--data-dir"), (["--demo", "--data-dir", "{own}/test"], "--data-dir"),
     (["--demo", "--data-dir", "{own}/train/red/0.png"], "--data-dir"),
-    (["--shrinkage", "-1"], "SHRINKAGE"), (["--shrinkage", "1.1"], "SHRINKAGE"), (["--shrinkage", "nan"], "SHRINKAGE"),
+    (["--shrinkage", "0"], "SHRINKAGE"), (["--shrinkage", "1.1"], "SHRINKAGE"), (["--shrinkage", "nan"], "SHRINKAGE"),
     (["--crop", "1.5"], "CROP"), (["--crop", "-0.1"], "CROP"), (["--crop", "nan"], "CROP"),
     (["--val-fraction", "1.1"], "VAL_FRACTION"), (["--val-fraction", "nan"], "VAL_FRACTION"),
     (["--folds", "1"], "FOLDS"),

@@ -22,7 +22,7 @@ import efficientnet_b3 as program
 
 SOURCE = Path(program.__file__).read_text()
 UPSTREAM = {"Data", "Model", "Frozen activations", "Decoding", "Fast passes", "Activation files"}  # of activations
-DECIDING = UPSTREAM | {"Heads", "Training", "Closed form"}  # edits of a closed form may recompute activations, or not
+DECIDING = UPSTREAM | {"Heads", "Training", "Closed form", "Whole run"}  # a closed form may be upstream, or not
 MINE = "raise RuntimeError('mine')"
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
 
@@ -131,6 +131,13 @@ def test_an_edit_of_a_definition_of_any_other_room_counts_as_nothing(original, t
         for node in (nodes[0], nodes[-1]):
             module = load(edited(SOURCE, node), tmp_path)
             assert not changes(module, original) and fingerprint(module) == original.fingerprint, (room, node.name)
+
+
+def test_a_definition_counts_whatever_its_name(original, tmp_path):
+    """Not like a constant, which counts by its value, if only its letters are those of one."""
+    line = SOURCE[:SOURCE.index("# ---- Data -")].count("\n") + 1
+    added = load(with_lines(SOURCE, line + 1, "", "def crop(x):", "    return x", ""), tmp_path)
+    assert changes(added, original) == {"crop"} and fingerprint(added) != original.fingerprint
 
 
 def with_other_comments(source):

@@ -222,10 +222,9 @@ ROW = 2 * 7 * 3 * 3 * 4  # bytes
 @pytest.mark.parametrize("change, kept", [
     (lambda content: content + bytes(50 * ROW), 256),  # what was never noted may be anything, as after a power cut
     (lambda content: content + b"x" * (20 * ROW + 17), 256),
-    (lambda content: content[:-1], 128), (lambda content: content[:200 * ROW], 128), (lambda content: content[:ROW], 0),
-    (lambda _content: b"", 0)])
+    (lambda content: content[:-1], 0), (lambda content: content[:128 * ROW], 0), (lambda _content: b"", 0)])
 def test_an_unfinished_file_goes_on_from_what_is_surely_there(change, kept, unfinished, cfg, outputs):
-    """In batches as they were: a part of a batch may differ in bits."""
+    """A file that is shorter than noted was cut by somebody, who may have changed the rest too."""
     unfinished.write_bytes(change(unfinished.read_bytes()))
     log = []
     assert same(program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg), outputs) and log == [kept]
@@ -252,7 +251,7 @@ def test_a_disk_too_small_is_one_line_before_the_pass(small_network, options, tm
     monkeypatch.setattr(program.shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
     monkeypatch.setattr(program, "load_views", lambda *args: loaded.append(args) or load(*args))
     assert call([*options, "--views", "7"]) == 2
-    assert is_one_line(capsys.readouterr().err, "VIEWS", "GB")
+    assert is_one_line(capsys.readouterr().err, "--views", "GB")
     assert len([args for args in loaded if args[2]]) <= 1
     assert not any(activations(tmp_path / "runs").values())
 

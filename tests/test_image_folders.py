@@ -438,6 +438,13 @@ def test_a_mistyped_folder_is_named_and_nothing_is_downloaded_there(options, tmp
     assert not downloads and not (tmp_path / "my_imags").exists()
 
 
+def test_a_default_folder_of_another_name_is_filled_too(tmp_path, downloads, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(program.CONSTANTS, "data_dir", "flowers")
+    refuse(["--weights", "none"], capsys, "cannot download Flowers-102", "flowers")
+    assert downloads
+
+
 @pytest.mark.parametrize("content", [other_stuff, images_without_folders, lambda folder: (folder / "new").mkdir()])
 def test_nothing_is_downloaded_into_a_folder_of_other_things(content, options, tmp_path, downloads, capsys):
     folder = tmp_path / "other"
