@@ -24,6 +24,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import efficientnet_b3 as program  # noqa: E402
 
+DEFAULT = "+ blocks at ten times the head's rate (default)"
 # Name of a row, the row that it is compared with, its options.
 PLAIN = ["--head-init", "random", "--no-refit-head", "--no-cross-fit", "--blocks-lr-factor", "1"]
 RECIPES = {
@@ -31,7 +32,8 @@ RECIPES = {
     "+ head solved in closed form": ("plain: random head, one rate", PLAIN[2:]),
     "+ refits of the head": ("+ head solved in closed form", PLAIN[3:]),
     "+ cross-fitting": ("+ refits of the head", PLAIN[4:]),
-    "+ blocks at ten times the head's rate (default)": ("+ cross-fitting", []),
+    DEFAULT: ("+ cross-fitting", []),
+    "- training from refitted heads": (DEFAULT, ["--no-train-refitted"]),
 }
 CURVE = ["epoch 0", "stage 1", "first of stage 2", "before refit", "end", "best"]  # validation accuracies of a run
 

@@ -242,6 +242,21 @@ def test_the_last_checkpoint_is_enough_to_go_on(options, no_report, tmp_path, mo
     assert same(checkpoint(runs, "best"), best)
 
 
+def test_heads_that_train_go_on_where_the_model_has_refitted_ones(options, no_report, tmp_path, monkeypatch):
+    options, save = [*options, "--no-train-refitted"], program.save_epoch
+
+    def stop(row, *args):
+        save(row, *args)
+        if row["epoch"] == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(program, "save_epoch", stop)
+        call(options)
+    assert call(options) == 0 and call([*options, "--out-dir", tmp_path / "whole"]) == 0
+    assert same(checkpoints(tmp_path / "runs"), checkpoints(tmp_path / "whole"))
+
+
 def test_best_and_frozen_are_put_back_if_they_were_deleted(trained, no_report, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "train_one_epoch", None)
     before = {name: checkpoint(tmp_path / "runs", name) for name in ("best", "frozen")}

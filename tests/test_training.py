@@ -203,6 +203,17 @@ def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, 
         torch.testing.assert_close(mean[key], (after_epoch + solved[2][1][key]) / 2)
 
 
+def test_the_model_of_an_epoch_has_refitted_heads_and_the_training_may_go_on_without(options, tmp_path, monkeypatch):
+    models = []
+    monkeypatch.setattr(program, "export_models", lambda run, *_args: models.append(run["model"]))
+    for folder, extra in (("with", "--no-train-refitted"), ("without", "--no-refit-head")):
+        call([*options, extra, "--out-dir", tmp_path / folder])
+    refitted, trained = models[3:5], models[-2:]  # the two epochs of stage 2
+    for one, other in zip(refitted, trained):
+        odd = {key for key in one if not torch.equal(one[key], other[key])}
+        assert odd == {"classifier.1.weight", "classifier.1.bias"}
+
+
 # Runs that cannot go on
 
 
