@@ -691,7 +691,7 @@ def save_epoch(row, model, parts, run, cfg):
     write_file(run_file(cfg, "last.pth"), run)
     export_models(run, better, cfg)
     print_epoch(run["history"])
-    draw_curves(run, cfg)
+    write_history(run, cfg)
 
 
 def export_models(run, names, cfg):
@@ -717,9 +717,11 @@ def load_checkpoint(path, wanted=("model", "config", "class_names", "history")):
         raise UserError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # nothing else is safe to load
-    except (OSError, MemoryError):
+    except OSError:
         raise
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
+        if is_out_of_memory(error):
+            raise
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {refused[1]}, which is not safe to load" if refused else one_line(error).split(".")[0]
         raise UserError(f"{path} is no file of tensors and plain values, or not a whole one ({reason})") from None
@@ -988,7 +990,7 @@ def report(model, blocks, activations, data, run, cfg):
             "true": names[part.labels], "predicted": names[likeliest[:, 0]], "probability": values[:, 0].round(4),
             "top5": ["; ".join(five) for five in names[likeliest]]}))
         write_figures(model, data.tables[split], shown, confusion, f1, short, split, ending, cfg)
-    draw_curves(run, cfg, at_once=True)
+    write_history(run, cfg, at_once=True)
     epoch = run["history"][best["rows"] - 1]["epoch"]
     write_output(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
     if activations:
@@ -1078,7 +1080,7 @@ def plot_changes(f1, title):
     return figure
 
 
-def draw_curves(run, cfg, at_once=False):
+def write_history(run, cfg, at_once=False):
     """Write config.json, history.csv, and, at most every ten seconds unless `at_once`, the curves."""
     table, file = pd.DataFrame(run["history"]), run_file(cfg, "acc.png")
     constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
@@ -1349,8 +1351,7 @@ def main(argv=()):
         print(f"stopped{saved}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        signs = "MemoryError", "OutOfMemory", "out of memory", "allocate memory", "killed by signal: Killed"
-        if not any(sign in repr(error) for sign in signs):
+        if not is_out_of_memory(error):
             raise
         code, message = 1, f"out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
     except OSError as error:
@@ -1376,6 +1377,12 @@ def listing(items, limit=3):
 def one_line(error):
     """An exception in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def is_out_of_memory(error):
+    """Whether an exception tells of it: allocators and killed workers raise a mere RuntimeError."""
+    signs = "MemoryError", "OutOfMemory", "out of memory", "allocate memory", "killed by signal: Killed"
+    return any(sign in repr(error) for sign in signs)
 
 
 def digest(value):

@@ -47,7 +47,7 @@ def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, m
     monkeypatch.setattr(program.os, "replace", keep_and_replace)
     assert call(options) == 0
     monkeypatch.setattr(program.os, "replace", replace)
-    monkeypatch.setattr(program, "report", lambda *args: program.draw_curves(*args[-2:], at_once=True))
+    monkeypatch.setattr(program, "report", lambda *args: program.write_history(*args[-2:], at_once=True))
     whole = [checkpoint(tmp_path / "runs", name) for name in ("best", "last", "frozen")]
     names = [moment.name for moment in moments]
     assert all(any(file in name for name in names) for file in ("best.pth", "last.pth", "frozen.pth", "history.csv",
@@ -60,7 +60,7 @@ def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, m
         shutil.rmtree(moment)
 
 
-@pytest.mark.parametrize("moment", ["save_epoch", "draw_curves"])
+@pytest.mark.parametrize("moment", ["save_epoch", "write_history"])
 def test_sigkill_after_an_epoch(moment, options, no_report, tmp_path, monkeypatch, capsys):
     """A real kill, at once or when the checkpoint is there, but nothing that tells of it."""
     child = os.fork()
@@ -178,9 +178,10 @@ def test_a_run_stopped_before_its_first_row_leaves_nothing_to_move_aside(options
     assert not (tmp_path / "runs" / "t_old1").exists()
 
 
-def test_memory_that_is_short_moves_no_run_aside(trained, no_report, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_is_short_moves_no_run_aside(error, trained, no_report, tmp_path, monkeypatch, capsys):
     def load(*_args, **_kwargs):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(torch, "load", load)
     assert call(trained) == 1 and is_one_line(capsys.readouterr().err, "out of memory")

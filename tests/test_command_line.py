@@ -306,7 +306,7 @@ BUGS = {"NameError": "undefined_name", "FileNotFoundError": 'open("/no/such/tabl
         "ValueError": 'Image.new("RGB", "large")', "IndexError": "somebodys_function()"}
 PLACES = ["load_image", "load_views", "build_model", "find_images", "make_transforms", "check_images",
           "load_pretrained", "frozen_activations", "batch_of_views", "train_one_epoch", "fit_closed_form", "end_epoch",
-          "draw_curves", "measure", "plot_mistakes"]
+          "write_history", "measure", "plot_mistakes"]
 
 
 @pytest.mark.parametrize("place, bug, workers", [

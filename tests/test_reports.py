@@ -312,7 +312,7 @@ def test_the_refit_and_the_best_row_have_their_place_in_the_curves(small_network
     figures, write = {}, program.write_file
     monkeypatch.setattr(program, "write_file", lambda path, content, **how: (
         write(path, content, **how), figures.update({path.name: content})))
-    monkeypatch.setattr(program, "report", lambda *args: program.draw_curves(*args[-2:], at_once=True))
+    monkeypatch.setattr(program, "report", lambda *args: program.write_history(*args[-2:], at_once=True))
     assert call(options) == 0
     axes = figures["t_acc.png"].axes[0]
     labels = [label.get_text() for label in axes.get_xticklabels()]
