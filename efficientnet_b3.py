@@ -110,7 +110,7 @@ LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the bloc
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
 REFIT_HEAD = True  # after each epoch of stage 2, and at the end, the model gets the mean of its head and lda's ...
-TRAIN_REFITTED = True  # ... from which the next epoch goes on: better in 5 epochs, worse in 14
+REFITTED_EPOCHS = 5  # ... from which, after so many first epochs of the stage, the training goes on
 
 # Run
 BATCH_SIZE = 32  # training images per step
@@ -341,7 +341,7 @@ def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
         model_heads = heads
         if cfg.refit_head and len(blocks):  # features change faster than a few steps of gradient can follow
             model_heads = heads.refit(features, cfg.shrinkage)
-            if cfg.train_refitted:
+            if epoch < epochs.start + cfg.refitted_epochs:
                 heads.load_state_dict(model_heads.state_dict())
         end_epoch(row, start, features, model_heads, model, blocks, parts, inputs, run, cfg)
 

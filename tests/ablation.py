@@ -33,7 +33,7 @@ RECIPES = {
     "+ refits of the head": ("+ head solved in closed form", PLAIN[3:]),
     "+ cross-fitting": ("+ refits of the head", PLAIN[4:]),
     DEFAULT: ("+ cross-fitting", []),
-    "- training from refitted heads": (DEFAULT, ["--no-train-refitted"]),
+    "- training from refitted heads": (DEFAULT, ["--refitted-epochs", "0"]),
 }
 CURVE = ["epoch 0", "stage 1", "first of stage 2", "before refit", "end", "best"]  # validation accuracies of a run
 

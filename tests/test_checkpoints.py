@@ -244,7 +244,7 @@ def test_the_last_checkpoint_is_enough_to_go_on(options, no_report, tmp_path, mo
 
 
 def test_heads_that_train_go_on_where_the_model_has_refitted_ones(options, no_report, tmp_path, monkeypatch):
-    options, save = [*options, "--no-train-refitted"], program.save_epoch
+    options, save = [*options, "--refitted-epochs", "0"], program.save_epoch
 
     def stop(row, *args):
         save(row, *args)

@@ -206,12 +206,24 @@ def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, 
 def test_the_model_of_an_epoch_has_refitted_heads_and_the_training_may_go_on_without(options, tmp_path, monkeypatch):
     models = []
     monkeypatch.setattr(program, "export_models", lambda run, *_args: models.append(run["model"]))
-    for folder, extra in (("with", "--no-train-refitted"), ("without", "--no-refit-head")):
-        call([*options, extra, "--out-dir", tmp_path / folder])
+    for folder, extra in (("with", ["--refitted-epochs", "0"]), ("without", ["--no-refit-head"])):
+        call([*options, *extra, "--out-dir", tmp_path / folder])
     refitted, trained = models[3:5], models[-2:]  # the two epochs of stage 2
     for one, other in zip(refitted, trained):
         odd = {key for key in one if not torch.equal(one[key], other[key])}
         assert odd == {"classifier.1.weight", "classifier.1.bias"}
+
+
+def test_the_training_goes_on_from_the_refit_after_the_first_epochs(options, tmp_path, monkeypatch):
+    """Rows of stage 2, by that number: the first is the same in all, the next ones differ once heads have changed."""
+    monkeypatch.setattr(program, "report", lambda *_args: None)
+    rows = {}
+    for number in (0, 1, 2, 9):
+        call([*options, "--refitted-epochs", number, "--out-dir", tmp_path / str(number)])
+        rows[number] = [row["train_loss"] for row in history_of(tmp_path / str(number))[3:]]
+    first, second, refit = ([rows[number][place] for number in rows] for place in range(3))
+    assert len(set(first)) == 1 and second[0] != second[1] == second[2] == second[3]
+    assert len(set(refit)) == 3 and refit[2] == refit[3]
 
 
 # Runs that cannot go on
