@@ -651,7 +651,7 @@ def take_up_run(model, data, cfg):
         "folders": data.folders, "images": digest(images), "weights": digest(model.features.state_dict()),
         "device_type": cfg.device.type, "precision": str(cfg.dtype)} | {
         f"code of {name}": digest(text)[:16] for name, text in code_of().items()}
-    # Beside its last model it holds the best one, and the best one of stage 1, each with the number of rows up to it.
+    # Beside its last model it holds the best one, and the best one of stage 1, each with the history up to it.
     run = {"model": {key: value.cpu().clone() for key, value in model.state_dict().items()}, "config": config,
            "class_names": data.class_names, "history": [], "trainer": None, "best": None, "frozen": None}
     try:
@@ -686,7 +686,7 @@ def save_epoch(row, model, parts, run, cfg):
     run["trainer"] = {name: part.state_dict() for name, part in parts.items()}
     better = ("best", "frozen") if row["stage"] == 1 else ("best",)
     better = better if best_row(run["history"]) is row else ()
-    run |= dict.fromkeys(better, {"model": run["model"], "rows": len(run["history"])})
+    run |= dict.fromkeys(better, {"model": run["model"], "history": run["history"].copy()})
     # The file holds all that the next epoch depends on, besides what is drawn from SEED and epoch.
     write_file(run_file(cfg, "last.pth"), run)
     export_models(run, better, cfg)
@@ -697,10 +697,9 @@ def save_epoch(row, model, parts, run, cfg):
 def export_models(run, names, cfg):
     """Write best.pth or frozen.pth from what last.pth holds."""
     for name in names:
-        history = run["history"][:run[name]["rows"]]
-        write_file(run_file(cfg, f"{name}.pth"), {
-            "model": run[name]["model"], "config": run["config"], "class_names": run["class_names"], "history": history,
-            "best_accuracy": history[-1]["val_acc"]})
+        write_file(run_file(cfg, f"{name}.pth"), run[name] | {
+            "config": run["config"], "class_names": run["class_names"],
+            "best_accuracy": run[name]["history"][-1]["val_acc"]})
 
 
 def print_epoch(history):
@@ -966,8 +965,7 @@ def report(model, blocks, activations, data, run, cfg):
     short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
     short = [name.encode(errors="replace").decode() for name in short]  # figures show no bytes that are no letters
     # Where no row of stage 2 is the best, the fine-tuned model is its last one.
-    best, last = run["best"], {"model": run["model"], "rows": len(run["history"])}
-    tuned = next((side for side in (best, last) if run["history"][side["rows"] - 1]["stage"] == 2), None)
+    tuned = next((side for side in (run["best"], run) if side["history"][-1]["stage"] == 2), None)
     texts, comparisons, predictions, metrics = [], [], [], {}
     for split, part in activations.items():
         sides, ending = {}, f"_{split}.png" if len(activations) > 1 else ".png"
@@ -976,10 +974,10 @@ def report(model, blocks, activations, data, run, cfg):
                 model.load_state_dict(side["model"])
                 features = pooled_features(part, blocks, cfg)  # mostly known from the training
                 probabilities = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg).softmax(1)
-                epoch = run["history"][side["rows"] - 1]["epoch"]
+                epoch = side["history"][-1]["epoch"]
                 sides[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = probabilities
-        shown = list(sides.values())[-1 if tuned is best else 0]
-        model.load_state_dict(best["model"])  # its mistakes are shown
+        shown = list(sides.values())[-1 if tuned is run["best"] else 0]
+        model.load_state_dict(run["best"]["model"])  # its mistakes are shown
         metrics[split], text, f1 = compare(split, sides, shown, part.labels, short)
         comparisons.append(text)
         values, likeliest = (top.numpy() for top in shown.topk(min(5, len(names))))
@@ -991,7 +989,7 @@ def report(model, blocks, activations, data, run, cfg):
             "top5": ["; ".join(five) for five in names[likeliest]]}))
         write_figures(model, data.tables[split], shown, confusion, f1, short, split, ending, cfg)
     write_history(run, cfg, at_once=True)
-    epoch = run["history"][best["rows"] - 1]["epoch"]
+    epoch = run["best"]["history"][-1]["epoch"]
     write_output(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
     if activations:
         write_output(run_file(cfg, "predictions.csv"), pd.concat(predictions).to_csv(index=False))
@@ -1091,7 +1089,7 @@ def write_history(run, cfg, at_once=False):
     blue, orange, green = sns.color_palette("colorblind")[:3]
     for key, label, scale in (("loss", "Cross-entropy loss", 1), ("acc", "Accuracy (%)", 100)):
         figure = Figure((7.5, 4.2), layout="constrained")
-        axes, best = figure.subplots(), run["best"]["rows"] - 1
+        axes, best = figure.subplots(), len(run["best"]["history"]) - 1
         axes.plot(scale * table[f"train_{key}"], ".-", c=blue, lw=2,
                   label="training (by heads that have not seen the image)" if cfg.cross_fit else "training")
         if (height := table[f"val_{key}"][best]) is not None:
