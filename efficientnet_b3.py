@@ -840,17 +840,16 @@ def check_image(path, known):
 
 def find_class_folders(folder, cfg):
     """Class folders, titles and a table of own images: one folder per class, alone or within splits."""
-    files = list(files_below(folder, cfg, map(str, Path(os.path.realpath(folder)).parents)))
-    parts = [(*path.relative_to(folder).parts, *[""] * path.is_dir()) for path in files]  # room in empty folders
     # A folder of such a name is a split if it holds class folders, and else a class.
-    splits = {top for top, *below in parts if top.lower() in SPLIT_FOLDERS and below[1:]}
-    places = {SPLIT_FOLDERS[name.lower()]: folder / name for name in splits} or {"train": folder}
+    splits = [path for path in visible(folder, cfg) if path.name.lower() in SPLIT_FOLDERS
+              and path.is_dir() and any(part.is_dir() for part in visible(path, cfg))]
+    places = {SPLIT_FOLDERS[path.name.lower()]: path for path in splits} or {"train": folder}
     if len(places) < len(splits):
-        raise UserError(f"{folder} holds a split twice: {listing(sorted(splits), 9)}")
+        raise UserError(f"{folder} holds a split twice: {listing([path.name for path in splits], 9)}")
+    files = list(files_below(folder, cfg))
     table = pd.DataFrame([
-        (SPLIT_FOLDERS[top.lower()], below[0], path) if splits else ("train", top, path)
-        for path, (top, *below) in zip(files, parts) if (top in splits and below[1:] if splits else below)],
-        columns=["split", "name", "path"])
+        (split, path.relative_to(place).parts[0], path) for split, place in places.items() for path in files
+        if place in path.parents and (path.parent != place or path.is_dir())], columns=["split", "name", "path"])
     wanted = {(split, name) for split in places if split in ("train", "val", *cfg.eval_splits) for name in table.name}
     table = table[table.path.isin(only_images(files, set(table.path), sys.stdout))]
     if len(names := sorted(set(table.name))) < 2 or "train" not in places:
@@ -873,14 +872,14 @@ def find_class_folders(folder, cfg):
     return names, [str(titles.get(name, name)) for name in names], table.assign(label=table.name.map(names.index))
 
 
-def files_below(folder, cfg, above=()):
-    """All visible files in a folder and its folders, and empty folders; none is entered twice by one path downwards."""
-    inside, above = visible(folder, cfg), {*above, os.path.realpath(folder)}
+def files_below(folder, cfg):
+    """All visible files in a folder and its folders, and empty folders; no link to a folder above is followed."""
+    inside = visible(folder, cfg)
     for path in inside:
         if not path.is_dir():
             yield path
-        elif os.path.realpath(path) not in above:
-            yield from files_below(path, cfg, above)
+        elif os.path.realpath(path) not in map(os.path.realpath, path.absolute().parents):
+            yield from files_below(path, cfg)
     if not inside and not any(path.is_dir() for path in folder.iterdir()):
         yield folder
 
