@@ -66,7 +66,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
-from sklearn.metrics import classification_report, confusion_matrix, f1_score, recall_score
+from sklearn.metrics import classification_report, confusion_matrix, f1_score
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
@@ -1029,10 +1029,9 @@ def measure(probabilities, labels):
     right, likeliest = (predicted == labels).float(), probabilities.topk(min(5, probabilities.shape[1])).indices
     interval = binomtest(int(right.sum()), len(labels)).proportion_ci(method="wilson")
     gaps, _ = np.histogram(confidence, 15, (0, 1), weights=confidence - right)  # Guo et al., 2017
-    mean_over_classes = dict(labels=present, average="macro", zero_division=0)
+    macro = classification_report(labels, predicted, labels=present, output_dict=True, zero_division=0)["macro avg"]
     return {"images": len(labels), "accuracy": right.mean().item(), "wilson_95_low": interval.low,
-            "wilson_95_high": interval.high, "balanced_accuracy": recall_score(labels, predicted, **mean_over_classes),
-            "macro_f1": f1_score(labels, predicted, **mean_over_classes),
+            "wilson_95_high": interval.high, "balanced_accuracy": macro["recall"], "macro_f1": macro["f1-score"],
             "top5_accuracy": (likeliest == labels[:, None]).any(1).float().mean().item(),
             "log_loss": F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item(),
             "expected_calibration_error": np.abs(gaps).sum().item() / len(labels)}
