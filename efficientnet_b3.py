@@ -716,10 +716,8 @@ def load_checkpoint(path, wanted=("model", "config", "class_names", "history")):
         raise UserError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # nothing else is safe to load
-    except OSError:
-        raise
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
-        if is_out_of_memory(error):
+        if isinstance(error, OSError) or is_out_of_memory(error):
             raise
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {refused[1]}, which is not safe to load" if refused else one_line(error).split(".")[0]
