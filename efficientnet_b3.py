@@ -538,9 +538,8 @@ def outputs_of_files(layers, files, num_views, cfg):
     """Yield the outputs [B, V, ...] of FrozenLayers for image files, a list of (index, path), in order."""
     on_cpu, start = cfg.device.type == "cpu", time.monotonic()
     size = max(1, layers.batch_size // max(1, num_views))
-    batches = [files[first:first + size] for first in range(0, len(files), size)]
     work = partial(batch_of_views, num_views=num_views, layers=layers if on_cpu else None, cfg=cfg)
-    for batch in progress(map_batches(work, batches, cfg), "frozen part"):
+    for batch in progress(map_batches(work, files, cfg, size), "frozen part"):
         yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))
     print(f"frozen     part: {len(files):,} images, {max(1, num_views)} views each, {time.monotonic() - start:.0f} s")
 
@@ -552,13 +551,13 @@ def batch_of_views(files, num_views, layers, cfg):
     return layers(torch.from_numpy(batch)).view(torch.uint8).numpy() if layers else batch
 
 
-def map_batches(work, batches, cfg):
-    """work(batch) for all batches of a list, in order, done by worker processes."""
+def map_batches(work, items, cfg, size=None):
+    """work(batch) for batches of `size` items of a list, or work(item) for all, in order, done by worker processes."""
     # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
     fork, workers = sys.platform == "linux", min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
-    workers = min(workers, len(batches) // 2) if fork or "__file__" in globals() else 0
-    # A list is a data set too. With batch_size None, collate_fn is called with each of its items, by a worker.
-    loader = DataLoader(batches, batch_size=None, collate_fn=work, num_workers=workers,
+    workers = min(workers, len(items) // 2) if fork or "__file__" in globals() else 0
+    # A list is a data set too, and collate_fn is called by a worker.
+    loader = DataLoader(items, batch_size=size, collate_fn=work, num_workers=workers,
                         worker_init_fn=partial(start_worker, digest(source)),
                         multiprocessing_context="fork" if fork and workers else None)
     try:
