@@ -1248,8 +1248,8 @@ def train_and_report(cfg):
         table = pd.concat(data.tables.values())
         tell_copies(table[table.sha256.isin(data.tables["test"].sha256)])  # the others are told already
         activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
-    report(model, blocks, {name: activations[name] for name in ("val", "test") if name in cfg.eval_splits
-                           and name in activations}, data, run, cfg)
+    evaluated = {split: part for split, part in activations.items() if split in cfg.eval_splits}
+    report(model, blocks, evaluated, data, run, cfg)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
