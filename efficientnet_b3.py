@@ -1343,14 +1343,13 @@ def main(argv=()):
         saved = "" if cfg.predict else ": what is done is saved, and the same command without --fresh goes on"
         print(f"stopped{saved}", file=sys.stderr)
         return 130
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            code, message = 1, f"out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            code, message = 1, f"no room left in {cfg.out_dir} ({error.strerror}): what was saved before is whole"
+        else:
             raise
-        code, message = 1, f"out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        code, message = 1, f"no room left in {cfg.out_dir} ({error.strerror}): what was saved before is whole"
     print("error: " + message.replace("\n", " "), file=sys.stderr)
     return code
 
