@@ -1,7 +1,9 @@
 """Two stages: what stands still stands still, the rest learns at its rate, and a run that cannot go on says why."""
 import copy
+import errno
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -236,7 +238,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("Unable to allocate 3 GiB")])
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("Unable to allocate 3 GiB"),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))])
 def test_out_of_memory_names_the_constant(error, options, monkeypatch, capsys):
     def full(*_args):
         raise error
