@@ -29,6 +29,18 @@ import efficientnet_b3 as program  # noqa: E402
 
 COLOURS = {"blue": (40, 60, 220), "red": (220, 40, 50), "yellow": (230, 220, 60)}
 ONE_EPOCH = ["--epochs-stage1", "1", "--epochs-stage2", "0", "--head-init", "random"]  # for tests of other matters
+AS_ELSEWHERE = """
+import multiprocessing, runpy, sys
+import torch.multiprocessing
+import efficientnet_b3  # loads all libraries as on this system
+if __name__ == "__main__":
+    program, *options = sys.argv[1:]
+    multiprocessing.set_start_method("spawn")
+    torch.multiprocessing.set_sharing_strategy("file_system")  # the one that macOS has
+    sys.platform = "darwin"  # on Linux the program forks
+    sys.argv = [program, *options]
+    runpy.run_path(program, run_name="__main__")
+"""
 real = pytest.mark.skipif(not os.environ.get("FLOWERS_DIR") or not os.environ.get("WEIGHTS_FILE"),
                           reason="FLOWERS_DIR and WEIGHTS_FILE do not name the real images and weights")
 
@@ -63,6 +75,30 @@ def demo(request, tmp_path_factory):
 def demo_of(demo):
     """The demo's process and its folder of files."""
     return demo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(request, tmp_path_factory):
+    """A run with workers that start afresh, as on Windows and macOS: it goes on beside other tests too."""
+    if not any("run_elsewhere" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for split, number in (("train", 6), ("val", 1)):
+        draw_classes(folder / "own" / split, number, ["blue", "red"])
+    options = [*options_for(folder / "own", folder / "runs"), *ONE_EPOCH, "--num-workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(program.__file__).parent),
+                   "MPLBACKEND": "module://not_installed"}  # a notebook's, which the program does not ask for
+    command = [sys.executable, "-c", AS_ELSEWHERE, program.__file__, *options]
+    process = subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    yield process, folder, options
+    process.kill()
+
+
+@pytest.fixture
+def run_elsewhere(elsewhere):
+    """Its process, its folder and its options."""
+    return elsewhere
 
 
 def draw(path, colour, seed, size=(40, 48)):

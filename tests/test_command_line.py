@@ -7,7 +7,6 @@ import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import warnings
@@ -16,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (ONE_EPOCH, call, checkpoints, draw_classes, edited, history_of, is_one_line, options_for,
-                      same, settings, small_efficientnet)
+from conftest import (ONE_EPOCH, call, checkpoints, edited, history_of, is_one_line, same, settings,
+                      small_efficientnet)
 from filelock import FileLock
 from PIL import Image
 
@@ -172,35 +171,6 @@ def test_help_without_docstrings(capsys):
 # Machines
 
 
-AS_ELSEWHERE = """
-import multiprocessing, runpy, sys
-import torch.multiprocessing
-import efficientnet_b3  # loads all libraries as on this system
-if __name__ == "__main__":
-    program, *options = sys.argv[1:]
-    multiprocessing.set_start_method("spawn")
-    torch.multiprocessing.set_sharing_strategy("file_system")  # the one that macOS has
-    sys.platform = "darwin"  # on Linux the program forks
-    sys.argv = [program, *options]
-    runpy.run_path(program, run_name="__main__")
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def elsewhere(tmp_path_factory):
-    """A run with workers that start afresh, as on Windows and macOS: it goes on beside the tests of this file."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    for split, number in (("train", 6), ("val", 1)):
-        draw_classes(folder / "own" / split, number, ["blue", "red"])
-    options = [*options_for(folder / "own", folder / "runs"), *ONE_EPOCH, "--num-workers", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(program.__file__).parent),
-                   "MPLBACKEND": "module://not_installed"}  # a notebook's, which the program does not ask for
-    command = [sys.executable, "-c", AS_ELSEWHERE, program.__file__, *options]
-    process = subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    yield process, folder, options
-    process.kill()
-
-
 @pytest.mark.parametrize("cores, asked, got", [(1, -1, 1), (8, -1, 8), (64, -1, 16), (64, 40, 40), (2, 0, 0)])
 def test_one_worker_per_core_but_not_too_many(cores, asked, got, options, monkeypatch):
     loaders = []
@@ -329,8 +299,8 @@ def test_a_bug_is_a_traceback(place, bug, workers, options, tmp_path, monkeypatc
 # Last, as it waits for the run beside
 
 
-def test_workers_that_start_afresh_give_the_same_bits(elsewhere):
-    process, folder, options = elsewhere
+def test_workers_that_start_afresh_give_the_same_bits(run_elsewhere):
+    process, folder, options = run_elsewhere
     printed, error = process.communicate()
     assert process.returncode == 0 and error == "", error
     assert call([*options, "--num-workers", "0", "--out-dir", folder / "here"]) == 0
