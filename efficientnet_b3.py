@@ -3,7 +3,7 @@
     python efficientnet_b3.py                        train (or continue), evaluate, report
     python efficientnet_b3.py --epochs-stage2 10     any constant, by its name in lower case with dashes
     python efficientnet_b3.py --fresh                start anew; the files of an earlier run are moved aside
-    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, one to three minutes
+    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, about a minute
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
 
 Stage 1 trains the classifier head on a frozen backbone, stage 2 fine-tunes the last feature blocks as well, and the
@@ -1176,7 +1176,7 @@ def predict(cfg):
 # ---- Drawn flowers ---------------------------------------------------------------------------------------------------
 
 DEMO = dict(data_dir="data/demo_flowers", img_size=(64, 64), views=4, eval_splits=("val",), weights="none",
-            epochs_stage1=3, epochs_stage2=8, run_name="demo")
+            epochs_stage1=3, run_name="demo")
 
 
 def start_without_pretraining(model, paths, cfg):
