@@ -875,7 +875,7 @@ def files_below(folder, cfg):
     for path in inside:
         if not path.is_dir():
             yield path
-        elif os.path.realpath(path) not in map(os.path.realpath, path.absolute().parents):
+        elif os.path.realpath(path) not in map(os.path.realpath, Path(os.path.abspath(path)).parents):
             yield from files_below(path, cfg)
     if not inside and not any(path.is_dir() for path in folder.iterdir()):
         yield folder

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 from conftest import (COLOURS, ONE_EPOCH, call, draw, draw_classes, draw_splits, figures_of, history_of,
@@ -282,6 +283,13 @@ def test_links_that_lead_in_a_circle_have_an_end(find, tmp_path):
     for name, other in ("ab", "ba"):
         (folder / name / "more").symlink_to(folder / other)
     assert classes(find(folder, "--train-splits", "train", "val")) == {"a": 10, "b": 10}
+
+
+def test_the_folder_above_where_one_stands(find, own_images, monkeypatch):
+    """The class that one stands in lies within it like any other."""
+    monkeypatch.chdir(own_images / "train" / "red")
+    assert classes(find(Path(".."))) == dict.fromkeys(NAMES, 5)
+    assert counts(find(Path("../.."))) == {"train": 18, "val": 9}
 
 
 def test_a_link_to_itself_is_a_broken_link(find, own_images, capsys):
