@@ -58,10 +58,15 @@ def one_thread(monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2, raising=False)
 
 
+def is_asked_for(fixture, request):
+    """Whether any of the tests that will run has a fixture of this name."""
+    return any(fixture in item.fixturenames for item in request.session.items)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def demo(request, tmp_path_factory):
     """A small demo, the longest of all tests: where one asks for it, it goes on beside those before."""
-    if not any("demo_of" in item.fixturenames for item in request.session.items):
+    if not is_asked_for("demo_of", request):
         yield
         return
     folder = tmp_path_factory.mktemp("demo")
@@ -80,7 +85,7 @@ def demo_of(demo):
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(request, tmp_path_factory):
     """A run with workers that start afresh, as on Windows and macOS: it goes on beside other tests too."""
-    if not any("run_elsewhere" in item.fixturenames for item in request.session.items):
+    if not is_asked_for("run_elsewhere", request):
         yield
         return
     folder = tmp_path_factory.mktemp("elsewhere")

@@ -97,7 +97,7 @@ def test_the_smallest_images_work(options):
 
 @real
 def test_fast_frozen_part_says_what_the_plain_one_says(tmp_path):
-    """On a real image of each class: relative error below 6 %, and at most two other answers of a head."""
+    """On a real image of each class: relative error below 6 %, and a head is right as often, but for one image."""
     cfg = settings(["--eval-splits", "val", "--img-size", "128", "128", "--out-dir", str(tmp_path)])
     _, _, table = program.find_flowers102(Path(os.environ["FLOWERS_DIR"]), cfg)
     tables = {split: table[table.split == split].groupby("label").head(count) for split, count in
@@ -117,7 +117,7 @@ def test_fast_frozen_part_says_what_the_plain_one_says(tmp_path):
     logits = (features[:, 0].float() @ heads.weight[-1].T + heads.bias[-1] for features in (fast, plain))
     right_by_fast, right_by_plain = ((part.argmax(1) == labels).sum() for part in logits)
     assert (fast.float() - plain).norm() / plain.norm() < 0.06
-    assert right_by_plain > 0.2 * len(labels) and abs(right_by_fast - right_by_plain) <= 2
+    assert right_by_plain > 0.2 * len(labels) and abs(right_by_fast - right_by_plain) <= 1
 
 
 # Files of activations
