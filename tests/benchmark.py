@@ -64,7 +64,8 @@ class PlainLoop:
         self.cfg, self.device, self.on_cuda = cfg, cfg.device, cfg.device.type == "cuda"
         self.layout = torch.channels_last if self.on_cuda else torch.preserve_format
         torch.use_deterministic_algorithms(False)  # which the program demands of itself
-        model = program.build_model(len(data.class_names), program.load_pretrained(cfg.weights))
+        model = program.efficientnet_b3(num_classes=len(data.class_names))
+        model.load_state_dict(model.state_dict() | (program.load_pretrained(cfg.weights) or {}))
         self.model = model.to(self.device, memory_format=self.layout)
         fast = {"num_workers": program.cpu_count(), "pin_memory": True, "persistent_workers": True}
         loader = partial(DataLoader, **fast if self.on_cuda else {})

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -46,6 +47,7 @@ real = pytest.mark.skipif(not os.environ.get("FLOWERS_DIR") or not os.environ.ge
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
     config.addinivalue_line("markers", "cuda: needs a GPU; `pytest -m cuda` runs these alone")
 
 

@@ -31,6 +31,16 @@ def test_the_two_parts_are_the_models_own_layers_and_lose_nothing(blocks):
     assert ids == {id(parameter) for block in model.features[9 - blocks:] for parameter in block.parameters()}
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_fast_pooling_is_torchvisions(learns):
+    maps = torch.rand(3, 8, 5, 4).to(memory_format=torch.channels_last).requires_grad_(learns)
+    pooled, expected = program.average_pool(maps), torch.nn.AdaptiveAvgPool2d(1)(maps)
+    torch.testing.assert_close(pooled, expected)
+    if learns:
+        gradients = [torch.autograd.grad(part.square().sum(), maps)[0] for part in (pooled, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 def wrapped(state):
     """What trainers make of a state dict."""
     module = {f"module.{key}": value for key, value in state.items()}
