@@ -1,14 +1,15 @@
 """Images that the tests draw themselves, options that make a run take seconds, and how files and lines are compared."""
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -60,52 +61,95 @@ def one_thread(monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2, raising=False)
 
 
-def is_asked_for(fixture, request):
-    """Whether any of the tests that will run has a fixture of this name."""
-    return any(fixture in item.fixturenames for item in request.session.items)
+def options_of_finished(folder):
+    """A run with all its figures, for tests that only look."""
+    return [*options_for(draw_splits(folder / "own"), folder / "runs"), "--no-amp", "--eval-splits", "val", "test"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def demo(request, tmp_path_factory):
-    """A small demo, the longest of all tests: where one asks for it, it goes on beside those before."""
-    if not is_asked_for("demo_of", request):
-        yield
-        return
-    folder = tmp_path_factory.mktemp("demo")
+def options_of_demo(folder):
     smaller = ["--views", "1", "--epochs-stage1", "2", "--epochs-stage2", "1", "--folds", "2"]
-    process = start("--demo", *smaller, "--data-dir", folder / "flowers", "--out-dir", folder / "runs")
-    yield process, folder / "runs"
-    process.kill()
+    return ["--demo", *smaller, "--data-dir", folder / "flowers", "--out-dir", folder / "runs"]
 
 
-@pytest.fixture
-def demo_of(demo):
-    """The demo's process and its folder of files."""
-    return demo
-
-
-@pytest.fixture(scope="session", autouse=True)
-def elsewhere(request, tmp_path_factory):
-    """A run with workers that start afresh, as on Windows and macOS: it goes on beside other tests too."""
-    if not is_asked_for("run_elsewhere", request):
-        yield
-        return
-    folder = tmp_path_factory.mktemp("elsewhere")
+def options_of_run_elsewhere(folder):
+    """A run whose workers start afresh, as on Windows and macOS."""
     for split, number in (("train", 6), ("val", 1)):
         draw_classes(folder / "own" / split, number, ["blue", "red"])
-    options = [*options_for(folder / "own", folder / "runs"), *ONE_EPOCH, "--num-workers", "1"]
+    return [*options_for(folder / "own", folder / "runs"), *ONE_EPOCH, "--num-workers", "1"]
+
+
+def options_of_real_run(folder):
+    """Three of each species' training photographs, and one of those for validation."""
+    for split, count in (("train", 3), ("val", 1)):
+        photographs = Flowers102(os.environ["FLOWERS_DIR"], split)
+        table = pd.DataFrame({"path": photographs._image_files, "label": photographs._labels})
+        for path, label in table.groupby("label").head(count).itertuples(index=False):
+            place = folder / "own" / split / f"{label:03d}" / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    return ["--data-dir", folder / "own", "--weights", os.environ["WEIGHTS_FILE"], "--out-dir", folder / "runs",
+            "--run-name", "t", "--img-size", "96", "96", "--views", "1", "--epochs-stage1", "1", "--epochs-stage2", "1"]
+
+
+LONG_RUNS = {"finished": options_of_finished, "demo": options_of_demo, "run_elsewhere": options_of_run_elsewhere,
+             "real_run": options_of_real_run}
+LongRun = namedtuple("LongRun", "folder options code out err")
+
+
+def pytest_collection_modifyitems(items):
+    """Long runs go on beside the tests, and those that look at them come last."""
+    items.sort(key=lambda item: not LONG_RUNS.keys().isdisjoint(item.fixturenames))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def long_runs(request, tmp_path_factory):
+    """{name: future of a LongRun}, of those that a test asks for; they go on one after the other."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(program.__file__).parent),
                    "MPLBACKEND": "module://not_installed"}  # a notebook's, which the program does not ask for
-    command = [sys.executable, "-c", AS_ELSEWHERE, program.__file__, *options]
-    process = subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    yield process, folder, options
-    process.kill()
+    processes, pool = [], ThreadPoolExecutor(1)
+
+    def run(name, folder, options):
+        script = ["-c", AS_ELSEWHERE] if name == "run_elsewhere" else []
+        process = subprocess.Popen([sys.executable, *script, program.__file__, *options], text=True, env=environment,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        processes.append(process)
+        out, err = process.communicate()
+        return LongRun(folder, options, process.returncode, out, err)
+
+    futures = {}
+    for name in LONG_RUNS:
+        if any(name in item.fixturenames for item in request.session.items):
+            folder = tmp_path_factory.mktemp(name)
+            futures[name] = pool.submit(run, name, folder, [str(option) for option in LONG_RUNS[name](folder)])
+    yield futures
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
 
 
-@pytest.fixture
-def run_elsewhere(elsewhere):
-    """Its process, its folder and its options."""
-    return elsewhere
+@pytest.fixture(scope="session")
+def finished(long_runs):
+    """The options of a run that is over; beside its folders, stdout.txt and stderr.txt have what it said."""
+    run = long_runs["finished"].result()
+    assert run.code == 0, run.err
+    (run.folder / "stdout.txt").write_text(run.out)
+    (run.folder / "stderr.txt").write_text(run.err)
+    return run.options
+
+
+@pytest.fixture(scope="session")
+def demo(long_runs):
+    return long_runs["demo"].result()
+
+
+@pytest.fixture(scope="session")
+def run_elsewhere(long_runs):
+    return long_runs["run_elsewhere"].result()
+
+
+@pytest.fixture(scope="session")
+def real_run(long_runs):
+    return long_runs["real_run"].result()
 
 
 def draw(path, colour, seed, size=(40, 48)):
@@ -177,19 +221,6 @@ def trained(options, trained_once, small_network, tmp_path):
     """The options of a run of one epoch that is over and has left its files in `runs`, to be changed at will."""
     shutil.copytree(trained_once, tmp_path / "runs")
     return [*options, *ONE_EPOCH]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """The options of a run that is over, with all its figures and what it said, for tests that only look."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("finished")
-    options = options_for(draw_splits(folder / "own"), folder / "runs") + ["--no-amp", "--eval-splits", "val", "test"]
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        assert program.main(options) == 0
-    (folder / "stdout.txt").write_text(out.getvalue())
-    (folder / "stderr.txt").write_text(err.getvalue())
-    return options
 
 
 @pytest.fixture

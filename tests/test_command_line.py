@@ -300,8 +300,6 @@ def test_a_bug_is_a_traceback(place, bug, workers, options, tmp_path, monkeypatc
 
 
 def test_workers_that_start_afresh_give_the_same_bits(run_elsewhere):
-    process, folder, options = run_elsewhere
-    printed, error = process.communicate()
-    assert process.returncode == 0 and error == "", error
-    assert call([*options, "--num-workers", "0", "--out-dir", folder / "here"]) == 0
-    assert same(checkpoints(folder / "here"), checkpoints(folder / "runs"))
+    assert run_elsewhere.code == 0 and run_elsewhere.err == ""
+    assert call([*run_elsewhere.options, "--num-workers", "0", "--out-dir", run_elsewhere.folder / "here"]) == 0
+    assert same(*(checkpoints(run_elsewhere.folder / name) for name in ("here", "runs")))

@@ -1,22 +1,17 @@
 """From end to end: the demo, which draws its flowers and learns them from scratch, and a short run on the real ones."""
 import json
-import os
-import shutil
 
 import numpy as np
-import pandas as pd
 from conftest import call, draw, draw_classes, figures_of, is_one_line, real
 from PIL import Image
-from torchvision.datasets import Flowers102
 
 import efficientnet_b3 as program
 
 
-def test_the_demo_from_end_to_end(demo_of):
-    process, runs = demo_of
-    printed, error = process.communicate()
-    assert process.returncode == 0 and error == ""
-    assert "no result" in printed and "macro_f1" in printed and "816 train, 408 val" in printed
+def test_the_demo_from_end_to_end(demo):
+    runs = demo.folder / "runs"
+    assert demo.code == 0 and demo.err == ""
+    assert "no result" in demo.out and "macro_f1" in demo.out and "816 train, 408 val" in demo.out
     found = {path.name for path in runs.iterdir() if not path.name.startswith(".")}
     files = {f"demo_{name}" for name in program.RUN_FILES if not name.endswith(("_val.png", "_test.png"))}
     assert found == files | {"activations"}
@@ -57,16 +52,6 @@ def test_the_demo_has_constants_of_its_own_that_can_be_set(tmp_path):
 
 
 @real
-def test_short_real_run(tmp_path):
-    """On three of each species' training images, and one of those for validation."""
-    for split, count in (("train", 3), ("val", 1)):
-        photographs = Flowers102(os.environ["FLOWERS_DIR"], split)
-        table = pd.DataFrame({"path": photographs._image_files, "label": photographs._labels})
-        for path, label in table.groupby("label").head(count).itertuples(index=False):
-            place = tmp_path / "flowers" / split / f"{label:03d}" / path.name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, place)
-    assert call(["--data-dir", tmp_path / "flowers", "--weights", os.environ["WEIGHTS_FILE"], "--run-name", "t",
-                 "--out-dir", tmp_path / "runs", "--img-size", "96", "96", "--views", "1",
-                 "--epochs-stage1", "1", "--epochs-stage2", "1"]) == 0
-    assert figures_of(tmp_path / "runs")["accuracy"] > 10 / 102  # ten times chance
+def test_short_real_run(real_run):
+    assert real_run.code == 0 and real_run.err == ""
+    assert figures_of(real_run.folder / "runs")["accuracy"] > 10 / 102  # ten times chance
