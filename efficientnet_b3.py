@@ -558,9 +558,10 @@ def batch_of_views(files, num_views, layers, cfg):
 
 def map_batches(work, items, cfg, size=None):
     """work(batch) for batches of `size` items of a list, or work(item) for all, in order, done by worker processes."""
-    # Forked workers share network and lists. Elsewhere workers start afresh, which a notebook's code cannot.
+    # Forked workers share network and lists. Elsewhere workers start afresh, which takes as long as some images, and
+    # which a notebook's code cannot.
     fork, workers = sys.platform == "linux", min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
-    workers = min(workers, len(items) // 2) if fork or "__file__" in globals() else 0
+    workers = min(workers, len(items) // (2 if fork else 32)) if fork or "__file__" in globals() else 0
     # A list is a data set too, and collate_fn is called by a worker.
     loader = DataLoader(items, batch_size=size, collate_fn=work, num_workers=workers,
                         worker_init_fn=partial(start_worker, digest(source)),
@@ -1166,16 +1167,25 @@ def predict(cfg):
         print(f"note: this checkpoint was trained with another {listing(changed)}", file=sys.stderr)
     model = build_model(len(names), state["model"])
     layers = FrozenLayers(split_model(model, 0)[0], cfg)
-    for path in paths:
-        try:
-            views = torch.from_numpy(load_views(path, 0, 0, cfg))
-        except UserError as error:
-            print(f"cannot read {error}", file=sys.stderr)
+    on_cpu = cfg.device.type == "cpu"
+    work = partial(outputs_or_reason, layers=layers if on_cpu else None, cfg=cfg)
+    for path, batch in zip(paths, map_batches(work, paths, cfg)):
+        if isinstance(batch, str):
+            print(f"cannot read {batch}", file=sys.stderr)
             failed = 1
             continue
-        likeliest = model.classifier(layers(views[None])[0].float())[0].softmax(0).topk(min(5, len(names)))
+        features = torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))
+        likeliest = model.classifier(features[0].float())[0].softmax(0).topk(min(5, len(names)))
         print(path, *(f"  {100 * share:5.1f} %  {names[number]}" for share, number in zip(*likeliest)), sep="\n")
     return failed
+
+
+def outputs_or_reason(path, layers, cfg):
+    """What batch_of_views makes of one file, or why it cannot be read."""
+    try:
+        return batch_of_views([(0, path)], 0, layers, cfg)
+    except UserError as error:
+        return str(error)
 
 
 # ---- Drawn flowers ---------------------------------------------------------------------------------------------------

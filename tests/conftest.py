@@ -73,7 +73,7 @@ def options_of_demo(folder):
 
 def options_of_run_elsewhere(folder):
     """A run whose workers start afresh, as on Windows and macOS."""
-    for split, number in (("train", 6), ("val", 1)):
+    for split, number in (("train", 16), ("val", 1)):
         draw_classes(folder / "own" / split, number, ["blue", "red"])
     return [*options_for(folder / "own", folder / "runs"), *ONE_EPOCH, "--num-workers", "1"]
 
