@@ -806,7 +806,8 @@ def check_images(table, cfg):
     known = set(json.loads(note.read_text())) if note.exists() else set()
     work = partial(check_image, known=known)
     hashes, reasons = zip(*progress(map_batches(work, table.path.tolist(), cfg), "decoding"))
-    write_file(note, json.dumps(sorted(known.union(hashes) - {""})))
+    with FileLock(note.with_suffix(".lock")):  # another run of this folder may do the same
+        write_file(note, json.dumps(sorted(known.union(hashes) - {""})))
     if reasons := [reason.replace("\n", " ") for reason in reasons if reason]:
         write_file(file := run_file(cfg, "unreadable.txt"), "\n".join(reasons) + "\n")
         message = f"cannot read {len(reasons)} of {len(table)} images, named in {file}, such as {reasons[0]}"

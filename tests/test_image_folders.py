@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import (COLOURS, ONE_EPOCH, call, draw, draw_classes, draw_splits, figures_of, history_of,
                       is_one_line, real, settings)
+from filelock import FileLock, Timeout
 
 import efficientnet_b3 as program
 
@@ -361,6 +362,21 @@ def test_all_unreadable_images_are_named_in_a_file_and_counted(options, own_imag
     lines = (tmp_path / "runs" / "t_unreadable.txt").read_text().splitlines()
     assert len(lines) == 3 and all(any(line.startswith(f"{path}: ") for line in lines) for path in broken)
     assert not list((tmp_path / "runs").glob("*.p*"))
+
+
+def test_of_two_runs_that_start_at_once_one_writes_which_files_are_readable(options, monkeypatch):
+    """They have a folder of files, and the note's unfinished form, in common."""
+    replace, notes = os.replace, []
+
+    def replace_while_no_other_run_can(source, target):
+        if "readable" in target.name:
+            with pytest.raises(Timeout):
+                FileLock(target.with_suffix(".lock"), timeout=0).acquire()
+            notes.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(program.os, "replace", replace_while_no_other_run_can)
+    assert call([*options, *ONE_EPOCH]) == 0 and notes
 
 
 def test_a_run_can_go_on_without_unreadable_images(options, own_images, tmp_path, capsys):
