@@ -48,7 +48,7 @@ import threading
 import time
 import warnings
 from collections import namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -403,7 +403,10 @@ def end_epoch(row, start, features, heads, model, blocks, parts, inputs, run, cf
     row |= {"val_loss": None, "val_acc": None}
     if "val" in inputs:
         row |= scores("val", predict_logits(blocks, model.classifier, inputs["val"].tensor, cfg), inputs["val"].labels)
-    save_epoch(row | {"seconds": time.perf_counter() - start}, model, parts, run, cfg)
+    row["seconds"] = time.perf_counter() - start
+    better = ("best", "frozen") if row["stage"] == 1 else ("best",)
+    better = better if best_row([*run["history"], row]) is row else ()
+    save_epoch(row, better, model, parts, run, cfg)
 
 
 def scores(split, logits, labels):
@@ -624,11 +627,10 @@ def compute_once(fingerprint, rows, compute, cfg):
 
 def remove_old_activations(in_use, cfg):
     """Remove what has not been used for longest beyond KEEP_GB, but nothing while another run is going on here."""
-    for path in Path(cfg.out_dir).glob(".*.lock"):
+    for path in set(Path(cfg.out_dir).glob(".*.lock")) - {Path(cfg.out_dir, f".{cfg.run_name}.lock")}:
         try:
-            with FileLock(path, timeout=0) if path.name != f".{cfg.run_name}.lock" else nullcontext():
-                pass
-        except Timeout:
+            FileLock(path, timeout=0).acquire().lock.release()
+        except OSError:  # Timeout is one too; and the lock of another user cannot be tried
             return
     files = sorted(Path(cfg.out_dir, "activations").glob("*.bin"),
                    key=lambda path: (path.stem not in in_use, -path.stat().st_mtime))
@@ -682,15 +684,13 @@ def take_up_run(model, data, cfg):
     return run
 
 
-def save_epoch(row, model, parts, run, cfg):
-    """Save the model and the states of the parts that train it after an epoch, and tell of it."""
+def save_epoch(row, better, model, parts, run, cfg):
+    """Save the model, by the names in `better` too, and the states of the parts that train it; tell of the epoch."""
     run["history"].append(row)
     # What has not changed is the same tensor as before, and stands in the file once.
     run["model"] = {key: run["model"][key] if torch.equal(run["model"][key], value.cpu()) else value.cpu().clone()
                     for key, value in model.state_dict().items()}
     run["trainer"] = {name: part.state_dict() for name, part in parts.items()}
-    better = ("best", "frozen") if row["stage"] == 1 else ("best",)
-    better = better if best_row(run["history"]) is row else ()
     run |= dict.fromkeys(better, {"model": run["model"], "history": run["history"].copy()})
     # The file holds all that the next epoch depends on, besides what is drawn from SEED and epoch.
     write_file(run_file(cfg, "last.pth"), run)
@@ -717,7 +717,7 @@ def print_epoch(history):
 
 def load_checkpoint(path, wanted=("model", "config", "class_names", "history")):
     """What torch.save has put into a file, tensors and plain Python; UserError says what it lacks of `wanted`."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # nothing else is safe to load
@@ -780,7 +780,7 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 def find_images(cfg):
     """The images of the run, those of train and val checked; UserError says what is wrong with the folder."""
     folder, needed = Path(cfg.data_dir), {"train"} if "val" in cfg.train_splits else {"train", "val"}
-    if not folder.is_dir() and folder != Path(CONSTANTS["data_dir"]):  # where another one is missing, it is mistyped
+    if not os.path.isdir(folder) and folder != Path(CONSTANTS["data_dir"]):  # another one is mistyped
         raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
     flowers = not folder.exists() or not visible(folder, cfg) or (folder / "flowers-102").is_dir()
     folders, titles, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
@@ -803,11 +803,11 @@ def check_images(table, cfg):
     """The table with the hash of each file; those that cannot be read are an error or, if told so, left out."""
     # Files that were read before by the same code need not be decoded again.
     note = Path(cfg.out_dir, "activations", f"readable_{digest(code_of(without=NOT_FROZEN))[:16]}.json")
-    known = set(json.loads(note.read_text())) if note.exists() else set()
-    work = partial(check_image, known=known)
+    known = lambda: set(json.loads(note.read_text())) if note.exists() else set()
+    work = partial(check_image, known=known())
     hashes, reasons = zip(*progress(map_batches(work, table.path.tolist(), cfg), "decoding"))
-    with FileLock(note.with_suffix(".lock")):  # another run of this folder may do the same
-        write_file(note, json.dumps(sorted(known.union(hashes) - {""})))
+    with FileLock(note.with_suffix(".lock")):  # other runs of this folder do the same
+        write_file(note, json.dumps(sorted(known().union(hashes) - {""})))
     if reasons := [reason.replace("\n", " ") for reason in reasons if reason]:
         write_file(file := run_file(cfg, "unreadable.txt"), "\n".join(reasons) + "\n")
         message = f"cannot read {len(reasons)} of {len(table)} images, named in {file}, such as {reasons[0]}"
@@ -1156,7 +1156,7 @@ def predict(cfg):
     """Print the five likeliest classes of each image that --predict names or holds; returns the exit code."""
     paths, failed = [], 0
     for path in map(Path, cfg.predict):
-        if not path.exists():
+        if not os.path.exists(path):  # which a name that is too long does not
             raise UserError(f"{path} does not exist: name images or folders")
         files = [path] if path.is_file() else list(files_below(path, cfg))
         paths += files if path.is_file() else only_images(files, set(files), sys.stderr)
@@ -1300,12 +1300,15 @@ def parse_command_line(argv):
         "TRAIN_SPLITS must be train, or train val": set(cfg.train_splits) in ({"train"}, {"train", "val"}),
         "EVAL_SPLITS must be val, test or both": set(cfg.eval_splits) in ({"val"}, {"test"}, {"val", "test"}),
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
-        "RUN_NAME must be a file name": cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip("."),
+        "RUN_NAME must be a file name": (
+            cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip(".") and len(cfg.run_name) < 200),
         "UNFREEZE_LAST_BLOCKS must be from 0 to 9": 0 <= cfg.unfreeze_last_blocks <= 9,
         "CROP and VAL_FRACTION must be from 0 to 1": all(0 <= share <= 1 for share in (cfg.crop, cfg.val_fraction)),
         "SHRINKAGE must be above 0, at most 1": 0 < cfg.shrinkage <= 1,
         "VIEWS and BATCH_SIZE must be at least 1, FOLDS 2": min(cfg.views, cfg.batch_size, cfg.folds - 1) >= 1,
-        "epochs and SEED must not be negative": min(cfg.epochs_stage1, cfg.epochs_stage2, cfg.seed) >= 0,
+        "epochs, learning rates, their factors and SEED must be from 0 to 2^63": all(0 <= number < 2**63 for number in (
+            cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage1, cfg.lr_stage2, cfg.blocks_lr_factor, cfg.layer_decay,
+            cfg.seed)),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
     if broken := [rule for rule, kept in rules.items() if not kept]:
         parser.error("; ".join(broken))

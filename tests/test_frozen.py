@@ -368,6 +368,9 @@ def test_nothing_is_removed_while_another_run_is_going_on(trained, tmp_path):
     lock = FileLock(tmp_path / "runs" / ".other.lock")
     with lock:
         assert call([*trained, "--keep-gb", "0"]) == 0 and old.exists()
+    (tmp_path / "runs" / ".another_users.lock").mkdir()  # cannot be opened, like a file of somebody else
+    assert call([*trained, "--keep-gb", "0"]) == 0 and old.exists()
+    (tmp_path / "runs" / ".another_users.lock").rmdir()
     assert call([*trained, "--keep-gb", "0"]) == 0 and not old.exists()
 
 

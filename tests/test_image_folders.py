@@ -364,9 +364,9 @@ def test_all_unreadable_images_are_named_in_a_file_and_counted(options, own_imag
     assert not list((tmp_path / "runs").glob("*.p*"))
 
 
-def test_of_two_runs_that_start_at_once_one_writes_which_files_are_readable(options, monkeypatch):
+def test_two_runs_that_start_at_once_note_the_files_that_both_have_read(options, tmp_path, monkeypatch):
     """They have a folder of files, and the note's unfinished form, in common."""
-    replace, notes = os.replace, []
+    replace, work, notes = os.replace, program.map_batches, []
 
     def replace_while_no_other_run_can(source, target):
         if "readable" in target.name:
@@ -375,8 +375,18 @@ def test_of_two_runs_that_start_at_once_one_writes_which_files_are_readable(opti
             notes.append(target)
         replace(source, target)
 
+    def work_while_another_run_notes(*args):
+        notes[0].write_text(json.dumps(["the other run's"]))
+        return work(*args)
+
     monkeypatch.setattr(program.os, "replace", replace_while_no_other_run_can)
-    assert call([*options, *ONE_EPOCH]) == 0 and notes
+    assert call([*options, *ONE_EPOCH]) == 0
+    notes[0].unlink()
+    monkeypatch.setattr(program, "map_batches", work_while_another_run_notes)
+    cfg = settings(options)
+    table = program.pd.DataFrame({"path": [tmp_path / "own" / "val" / "red" / "0.png"]})
+    hashes = program.check_images(table, cfg).sha256.tolist()
+    assert json.loads(notes[0].read_text()) == sorted([*hashes, "the other run's"])
 
 
 def test_a_run_can_go_on_without_unreadable_images(options, own_images, tmp_path, capsys):
