@@ -232,7 +232,7 @@ def test_the_training_goes_on_from_the_refit_after_the_first_epochs(options, tmp
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, capsys):
-    assert call([*options, "--lr-stage2", "1e36"]) == 2
+    assert call([*options, "--lr-stage2", "1e18", "--blocks-lr-factor", "1e18"]) == 2
     assert is_one_line(capsys.readouterr().err, "epoch 3", "batch 2", "learning rates")
     assert [row["epoch"] for row in checkpoint(tmp_path / "runs", "last")["history"]] == [0, 1, 2]
 
