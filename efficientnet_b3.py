@@ -404,8 +404,8 @@ def end_epoch(row, start, features, heads, model, blocks, parts, inputs, run, cf
     if "val" in inputs:
         row |= scores("val", predict_logits(blocks, model.classifier, inputs["val"].tensor, cfg), inputs["val"].labels)
     row["seconds"] = time.perf_counter() - start
-    better = ("best", "frozen") if row["stage"] == 1 else ("best",)
-    better = better if best_row([*run["history"], row]) is row else ()
+    names = ("best", "frozen") if row["stage"] == 1 else ("best",)
+    better = names if best_row([*run["history"], row]) is row else ()
     save_epoch(row, better, model, parts, run, cfg)
 
 
@@ -629,8 +629,9 @@ def remove_old_activations(in_use, cfg):
     """Remove what has not been used for longest beyond KEEP_GB, but nothing while another run is going on here."""
     for path in set(Path(cfg.out_dir).glob(".*.lock")) - {Path(cfg.out_dir, f".{cfg.run_name}.lock")}:
         try:
-            FileLock(path, timeout=0).acquire().lock.release()
-        except OSError:  # Timeout is one too; and the lock of another user cannot be tried
+            with FileLock(path, timeout=0):
+                pass
+        except OSError:  # of which Timeout is one; the lock of another user cannot be tried
             return
     files = sorted(Path(cfg.out_dir, "activations").glob("*.bin"),
                    key=lambda path: (path.stem not in in_use, -path.stat().st_mtime))
@@ -780,7 +781,7 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 def find_images(cfg):
     """The images of the run, those of train and val checked; UserError says what is wrong with the folder."""
     folder, needed = Path(cfg.data_dir), {"train"} if "val" in cfg.train_splits else {"train", "val"}
-    if not os.path.isdir(folder) and folder != Path(CONSTANTS["data_dir"]):  # another one is mistyped
+    if not os.path.isdir(folder) and folder != Path(CONSTANTS["data_dir"]):  # which is downloaded
         raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
     flowers = not folder.exists() or not visible(folder, cfg) or (folder / "flowers-102").is_dir()
     folders, titles, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
