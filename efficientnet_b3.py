@@ -48,7 +48,7 @@ import threading
 import time
 import warnings
 from collections import namedtuple
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -121,8 +121,10 @@ RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files o
 OUT_DIR = "runs"  # folder of those files
 KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are removed
 
-CONSTANTS = {name.lower(): value for name, value in globals().items()
-             if name.isupper() and isinstance(value, (bool, int, float, str, tuple, list))}
+# Plain Python, as a checkpoint may hold no NumPy; of a notebook's names, those that stand in this file.
+CONSTANTS = {name.lower(): np.asarray(value).tolist() for name, value in globals().items()
+             if name.isupper() and isinstance(value, (bool, int, float, str, tuple, list))
+             and (not source or re.search(rf"^{name}\b", source, re.MULTILINE))}
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
@@ -429,13 +431,9 @@ def load_image(path):
     """An image file as upright RGB, transparency on white; UserError names the file and why it is not read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
-        try:
+        with explained(path, Exception):  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
             image = Image.open(path)
             image.load()
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
-            raise UserError(f"{path}: {one_line(error)}") from None
         with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
             image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F"):
@@ -487,7 +485,9 @@ def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkag
             total.sum(0) - total[head] * (head < num_heads - 1) for total in sums_by_head)
         means = sums / counts[:, None].clamp_min(1e-9)
         covariance = (products - means.T @ sums) / counts.sum()
-        identity = covariance.diagonal().mean().clamp_min(1e-9) * torch.eye(width)
+        # Single images have no covariance but for rounding, which the means of squares exceed by far.
+        least = 1e-3 * products.diagonal().mean() / counts.sum() + 1e-9
+        identity = covariance.diagonal().mean().clamp_min(least) * torch.eye(width)
         weights.append(torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * identity, means.T).T)
         biases.append((counts / counts.sum()).log() - (weights[-1] * means).sum(1) / 2)
     return torch.stack(weights), torch.stack(biases)
@@ -504,7 +504,7 @@ class FrozenLayers:
     """A copy of layers that stand still, in the form that is fastest for inference."""
 
     def __init__(self, layers, cfg):
-        self.digest = digest([layers.state_dict(), str(cfg.dtype), cfg.device.type])
+        self.digest = digest([str(layers), layers.state_dict(), str(cfg.dtype), cfg.device.type])
         layers = copy.deepcopy(layers).eval()
         for module in layers.modules():
             if isinstance(module, Conv2dNormActivation):
@@ -569,10 +569,8 @@ def map_batches(work, items, cfg, size=None):
     loader = DataLoader(items, batch_size=size, collate_fn=work, num_workers=workers,
                         worker_init_fn=partial(start_worker, digest(source)),
                         multiprocessing_context="fork" if fork and workers else None)
-    try:
+    with explained("cannot start worker processes: set --num-workers 0", OSError, RuntimeError):
         return iter(loader)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot start worker processes ({one_line(error)}): set --num-workers 0") from None
 
 
 def start_worker(expected, _number):
@@ -596,12 +594,7 @@ def compute_once(fingerprint, rows, compute, cfg):
     """
     path = Path(cfg.out_dir, "activations", fingerprint[:32] + ".bin")
     note, lock = path.with_suffix(".json"), FileLock(path.with_suffix(".lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print("frozen     waiting for another run, which computes what this one needs too")
-        held = lock.acquire()
-    with held, open(path, "ab") as file:
+    with wait_for(lock), open(path, "ab") as file:
         known = json.loads(note.read_text()) if note.exists() else {"rows": 0, "row_bytes": 0}
         if file.tell() < known["rows"] * known["row_bytes"]:  # somebody has cut it
             known["rows"] = 0
@@ -633,7 +626,7 @@ def remove_old_activations(in_use, cfg):
                 pass
         except OSError:  # of which Timeout is one; the lock of another user cannot be tried
             return
-    files = sorted(Path(cfg.out_dir, "activations").glob("*.bin"),
+    files = sorted(Path(cfg.out_dir, "activations").glob("[0-9a-f]" * 32 + ".bin"),
                    key=lambda path: (path.stem not in in_use, -path.stat().st_mtime))
     for path, total in zip(files, np.cumsum([path.stat().st_size for path in files])):
         if total > cfg.keep_gb * 1e9 and path.stem not in in_use:
@@ -716,8 +709,8 @@ def print_epoch(history):
           "{seconds:6.1f}{star}".format(**row, validation=validation, star=star))
 
 
-def load_checkpoint(path, wanted=("model", "config", "class_names", "history")):
-    """What torch.save has put into a file, tensors and plain Python; UserError says what it lacks of `wanted`."""
+def load_checkpoint(path, wanted=(), of_config=()):
+    """What torch.save has put into a file, tensors and plain Python; UserError says what it lacks of what is wanted."""
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}")
     try:
@@ -728,7 +721,8 @@ def load_checkpoint(path, wanted=("model", "config", "class_names", "history")):
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {refused[1]}, which is not safe to load" if refused else one_line(error).split(".")[0]
         raise UserError(f"{path} is no file of tensors and plain values, or not a whole one ({reason})") from None
-    if lacking := set(wanted) - set(state if isinstance(state, dict) else ()):
+    parts = state if isinstance(state, dict) else {}
+    if lacking := set(wanted) - set(parts) or set(of_config) - set(parts.get("config") or ()):
         raise UserError(f"{path} lacks {listing(sorted(lacking), 9)}: it is of another version or of another kind")
     return state
 
@@ -783,8 +777,10 @@ def find_images(cfg):
     folder, needed = Path(cfg.data_dir), {"train"} if "val" in cfg.train_splits else {"train", "val"}
     if not os.path.isdir(folder) and folder != Path(CONSTANTS["data_dir"]):  # which is downloaded
         raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
-    flowers = not folder.exists() or not visible(folder, cfg) or (folder / "flowers-102").is_dir()
+    flowers = not folder.exists() or not visible(folder) or (folder / "flowers-102").is_dir()
     folders, titles, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
+    if flowers and (others := [path.name for path in visible(folder) if path.name != "flowers-102"]):
+        print(f"data       {folder} holds flowers-102, so this is passed over: {listing(others)}")
     table = table[table.split.isin(["train", "val", *cfg.eval_splits])]
     test, table = table[table.split == "test"], check_images(table[table.split != "test"], cfg)
     tell_copies(table)
@@ -804,11 +800,10 @@ def check_images(table, cfg):
     """The table with the hash of each file; those that cannot be read are an error or, if told so, left out."""
     # Files that were read before by the same code need not be decoded again.
     note = Path(cfg.out_dir, "activations", f"readable_{digest(code_of(without=NOT_FROZEN))[:16]}.json")
-    known = lambda: set(json.loads(note.read_text())) if note.exists() else set()
-    work = partial(check_image, known=known())
+    known = set(json.loads(note.read_text())) if note.exists() else set()
+    work = partial(attempt, partial(check_image, known=known))
     hashes, reasons = zip(*progress(map_batches(work, table.path.tolist(), cfg), "decoding"))
-    with FileLock(note.with_suffix(".lock")):  # other runs of this folder do the same
-        write_file(note, json.dumps(sorted(known().union(hashes) - {""})))
+    write_file(note, json.dumps(sorted(known.union(hashes) - {""})))
     if reasons := [reason.replace("\n", " ") for reason in reasons if reason]:
         write_file(file := run_file(cfg, "unreadable.txt"), "\n".join(reasons) + "\n")
         message = f"cannot read {len(reasons)} of {len(table)} images, named in {file}, such as {reasons[0]}"
@@ -829,36 +824,31 @@ def tell_copies(table):
 
 
 def check_image(path, known):
-    """The SHA-256 of a file's bytes and no reason, or none and why it cannot be read as an image."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return "", str(error)
-    sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        if sha256 not in known:
-            load_image(path)
-        return sha256, ""
-    except UserError as error:
-        return "", str(error)
+    """The SHA-256 of a file's bytes; UserError says why it cannot be read as an image."""
+    with explained(path, OSError):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 not in known:
+        load_image(path)
+    return sha256
 
 
 def find_class_folders(folder, cfg):
     """Class folders, titles and a table of own images: one folder per class, alone or within splits."""
     # A folder of such a name is a split if it holds class folders, and else a class.
-    splits = [path for path in visible(folder, cfg) if path.name.lower() in SPLIT_FOLDERS
-              and path.is_dir() and any(part.is_dir() for part in visible(path, cfg))]
+    splits = [path for path in visible(folder) if path.name.lower() in SPLIT_FOLDERS
+              and path.is_dir() and any(part.is_dir() for part in visible(path))]
     places = {SPLIT_FOLDERS[path.name.lower()]: path for path in splits} or {"train": folder}
     if len(places) < len(splits):
         raise UserError(f"{folder} holds a split twice: {listing([path.name for path in splits], 9)}")
-    files = list(files_below(folder, cfg))
+    files = list(files_below(folder))
     table = pd.DataFrame([
         (split, path.relative_to(place).parts[0], path) for split, place in places.items() for path in files
-        if place in path.parents and (path.parent != place or path.is_dir())], columns=["split", "name", "path"])
+        if place in path.parents and (path.parent != place or path.is_dir())], columns=["split", "name", "path"],
+        dtype=object)  # strings of pyarrow, where it is installed, cannot hold names that no encoding has
     wanted = {(split, name) for split in places if split in ("train", "val", *cfg.eval_splits) for name in table.name}
     table = table[table.path.isin(only_images(files, set(table.path), sys.stdout))]
     if len(names := sorted(set(table.name))) < 2 or "train" not in places:
-        inside = listing([path.name for path in visible(folder, cfg)], 9)
+        inside = listing([path.name for path in visible(folder)], 9)
         raise UserError(f"{folder} holds {inside}: expected two or more folders of images, one per class, alone or "
                         "within train/, val/ and test/")
     # A class without images in one split would never be learned, or never be measured.
@@ -866,40 +856,37 @@ def find_class_folders(folder, cfg):
         raise UserError(f"each class needs images in each split; missing or empty: {listing(lacking)}")
     if "val" not in places and "val" not in cfg.train_splits:
         print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, by SEED, are for validation")
-        drawn = table[table.split == "train"].groupby("name").sample(
-            frac=cfg.val_fraction, random_state=mix_seed(cfg.seed, "validation") % 2**32)
+        shuffled = table[table.split == "train"].sample(frac=1, random_state=mix_seed(cfg.seed, "validation") % 2**32)
+        classes = shuffled.groupby("name").name
+        size = classes.transform("size")
+        wanted = (cfg.val_fraction * size).round().clip(lower=1).clip(upper=size - 1)  # each class keeps one
+        drawn = shuffled[classes.cumcount() < wanted]
         table = table.assign(split=table.split.mask(table.index.isin(drawn.index), "val"))
     file = folder / "cat_to_name.json"
-    try:
+    with explained(f"{file} is no JSON object of folders and names: mend or remove it", ValueError, TypeError):
         titles = dict(json.loads(file.read_text("utf-8-sig"))) if file.is_file() else {}
-    except (ValueError, TypeError):
-        raise UserError(f"{file} is no JSON object of folders and names: mend or remove it") from None
     return names, [str(titles.get(name, name)) for name in names], table.assign(label=table.name.map(names.index))
 
 
-def files_below(folder, cfg):
+def files_below(folder):
     """All visible files in a folder and its folders, and empty folders; no link to a folder above is followed."""
-    inside = visible(folder, cfg)
+    inside = visible(folder)
     for path in inside:
         if not path.is_dir():
             yield path
         elif os.path.realpath(path) not in map(os.path.realpath, Path(os.path.abspath(path)).parents):
-            yield from files_below(path, cfg)
+            yield from files_below(path)
     if not inside and not any(path.is_dir() for path in folder.iterdir()):
         yield folder
 
 
-def visible(folder, cfg):
+def visible(folder):
     """What a folder holds, sorted by name, without hidden files, other systems' litter and what runs have made."""
-    try:
+    with explained(f"cannot read the folder {folder}", OSError):
         paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-    made = [os.path.realpath(Path(cfg.out_dir, name)) for name in ("", "activations")]
     return [path for path in paths if path.name.lower() not in LITTER
             and (not path.name.startswith(".") or path.name.endswith(".icloud"))  # an image that is still in a cloud
-            and os.path.realpath(path) not in made  # nor what other runs have made:
-            and not any(path.glob("*.lock")) and not any(path.glob("*_history.csv"))]
+            and not any(path.glob(".*.lock")) and not any(path.glob("*_history.csv"))]  # of runs
 
 
 def only_images(files, wanted, stream):
@@ -914,11 +901,9 @@ def only_images(files, wanted, stream):
 def find_flowers102(folder, cfg):
     """Class names, twice, and a table of Flowers-102 (Nilsback & Zisserman, 2008), which is downloaded if missing."""
     base, names = folder / "flowers-102", Flowers102.classes
-    try:
+    with explained(f"cannot download Flowers-102 into {base}: try again, put its files there by hand, set --data-dir, "
+                   "or try --demo", OSError, RuntimeError):
         parts = {name: Flowers102(folder, name, download=True) for name in ("train", "val", *cfg.eval_splits)}
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download Flowers-102 into {base} ({one_line(error)}): try again, put its files there "
-                        "by hand, set --data-dir, or try --demo") from None
     table = pd.DataFrame([(name, path, label) for name, part in parts.items() for path, label in zip(
         part._image_files, part._labels)], columns=["split", "path", "label"])
     if missing := [path.name for path in table.path if not path.exists()]:
@@ -935,24 +920,23 @@ def load_pretrained(weights):
     if weights == "IMAGENET1K_V1":
         official = EfficientNet_B3_Weights.IMAGENET1K_V1
         path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(official.url))
-        try:
-            if not path.exists():
-                official.get_state_dict(check_hash=True)  # downloads it
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download the weights to {path} ({one_line(error)}): try again, set --weights, or "
-                            "try --demo") from None
+        if not path.exists():
+            with explained(f"cannot download the weights to {path}: try again, set --weights, or try --demo", OSError,
+                           RuntimeError):
+                official.get_state_dict(check_hash=True)
     # Trainers wrap a state dict in dicts, and put prefixes before its keys.
-    found = [load_checkpoint(path, wanted=())]
+    found = [load_checkpoint(path)]
     for part in found:
         found += [value for value in part.values() if isinstance(value, dict)] if isinstance(part, dict) else []
     states = [{key[key.find("features."):]: value for key, value in part.items() if "features." in str(key)}
               for part in found if isinstance(part, dict)]
     state = max(states, key=len, default={})
     wanted = build_model(2).features.state_dict(prefix="features.")
-    if odd := [key for key in wanted if getattr(state.get(key), "shape", None) != wanted[key].shape]:
+    if odd := [key for key in wanted
+               if getattr(state.get(key), "shape", None) != wanted[key].shape or not state[key].isfinite().all()]:
         keys = listing(list(found[-1])) if isinstance(found[-1], dict) else type(found[-1]).__name__
         raise UserError(f"{path} holds other weights than torchvision's EfficientNet-B3 ({keys}), or not all of them: "
-                        f"{listing(odd)} missing or of another shape")
+                        f"{listing(odd)} missing, of another shape or not finite")
     return {key: state[key].detach().float() for key in wanted}
 
 
@@ -989,8 +973,9 @@ def report(model, blocks, activations, data, run, cfg):
         texts += describe(split, part.labels, likeliest[:, 0], confusion, names)
         predictions.append(pd.DataFrame({
             "file": [os.path.relpath(path, cfg.data_dir) for path in data.tables[split].path], "split": split,
-            "true": names[part.labels], "predicted": names[likeliest[:, 0]], "probability": values[:, 0].round(4),
-            "top5": ["; ".join(five) for five in names[likeliest]]}))
+            "true": names[part.labels], "predicted": names[likeliest[:, 0]],
+            "probability": [round(value, 4) for value in values[:, 0].tolist()],
+            "top5": ["; ".join(five) for five in names[likeliest]]}, dtype=object))
         write_figures(model, data.tables[split], shown, confusion, f1, short, split, ending, cfg)
     write_history(run, cfg, at_once=True)
     epoch = run["best"]["history"][-1]["epoch"]
@@ -1023,7 +1008,8 @@ def describe(split, labels, predicted, confusion, names):
     """Of a split, the most confused pairs of classes and the classification report, as texts."""
     cells = sorted(((confusion[t, p], t, p) for t, p in np.argwhere(confusion) if t != p), reverse=True)
     pairs = [f"{cell} of {confusion[t].sum()} {names[t]} taken for {names[p]}" for cell, t, p in cells[:12]]
-    each = classification_report(labels, predicted, labels=range(len(names)), target_names=names, digits=3,
+    present = np.unique(labels)
+    each = classification_report(labels, predicted, labels=present, target_names=names[present], digits=3,
                                  zero_division=0)
     return "\n".join([f"{split}: most confused", *pairs]), f"{split}: each class\n{each.rstrip()}"
 
@@ -1046,8 +1032,9 @@ def compare(split, sides, shown, labels, names):
     """Frozen against fine-tuned, {title: probabilities}, on a split: figures, a text, and the F1 of each class."""
     metrics = measure(shown, labels)
     table = pd.DataFrame({title: measure(part, labels) for title, part in sides.items()})
-    f1 = pd.DataFrame({title: f1_score(labels, part.argmax(1), labels=range(len(names)), average=None, zero_division=0)
-                       for title, part in sides.items()}, index=names)
+    present = labels.unique()
+    f1 = pd.DataFrame({title: f1_score(labels, part.argmax(1), labels=present, average=None, zero_division=0)
+                       for title, part in sides.items()}, index=[names[label] for label in present])
     lines = [f"{split}, {len(labels):,} images"]
     if len(sides) == 2:
         before, after = (part.argmax(1) == labels for part in sides.values())
@@ -1055,6 +1042,8 @@ def compare(split, sides, shown, labels, names):
         p_value = binomtest(mended, mended + spoilt).pvalue if mended + spoilt else 1.0  # McNemar's test, exact
         table["difference"], change = table.iloc[:, 1] - table.iloc[:, 0], f1.iloc[:, 1] - f1.iloc[:, 0]
         lines.append(f"fine-tuning put {mended} right and spoilt {spoilt} (McNemar's exact test: p = {p_value:.2g})")
+        if split == "val":
+            lines.append("both epochs were chosen on these images, which flatters their figures")
         for word, part in (("gained", change[change > 0].nlargest(5)), ("lost", change[change < 0].nsmallest(5))):
             lines.append(f"F1 {word} most:" + " none" * part.empty)
             lines += [f"  {gain:+.3f}  {name}" for name, gain in part.items()]
@@ -1159,9 +1148,10 @@ def predict(cfg):
     for path in map(Path, cfg.predict):
         if not os.path.exists(path):  # which a name that is too long does not
             raise UserError(f"{path} does not exist: name images or folders")
-        files = [path] if path.is_file() else list(files_below(path, cfg))
+        files = [path] if path.is_file() else list(files_below(path))
         paths += files if path.is_file() else only_images(files, set(files), sys.stderr)
-    state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"))
+    state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"),
+                            ("model", "config", "class_names"), of_config=("img_size", "crop"))
     config, names = state["config"], state["class_names"]
     cfg.img_size, cfg.crop = config["img_size"], config["crop"]
     code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=NOT_FROZEN).items()}
@@ -1170,24 +1160,16 @@ def predict(cfg):
     model = build_model(len(names), state["model"])
     layers = FrozenLayers(split_model(model, 0)[0], cfg)
     on_cpu = cfg.device.type == "cpu"
-    work = partial(outputs_or_reason, layers=layers if on_cpu else None, cfg=cfg)
-    for path, batch in zip(paths, map_batches(work, paths, cfg)):
-        if isinstance(batch, str):
-            print(f"cannot read {batch}", file=sys.stderr)
+    work = partial(attempt, partial(batch_of_views, num_views=0, layers=layers if on_cpu else None, cfg=cfg))
+    for path, (batch, reason) in zip(paths, map_batches(work, list(enumerate(paths)), cfg, 1)):
+        if reason:
+            print(f"cannot read {reason}", file=sys.stderr)
             failed = 1
             continue
         features = torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))
         likeliest = model.classifier(features[0].float())[0].softmax(0).topk(min(5, len(names)))
         print(path, *(f"  {100 * share:5.1f} %  {names[number]}" for share, number in zip(*likeliest)), sep="\n")
     return failed
-
-
-def outputs_or_reason(path, layers, cfg):
-    """What batch_of_views makes of one file, or why it cannot be read."""
-    try:
-        return batch_of_views([(0, path)], 0, layers, cfg)
-    except UserError as error:
-        return str(error)
 
 
 # ---- Drawn flowers ---------------------------------------------------------------------------------------------------
@@ -1217,7 +1199,9 @@ def draw_demo_images(folder):
     for species, number in progress(list(np.ndindex(102, 12)), "drawing"):
         path = folder / ("train" if number < 8 else "val") / f"species {species + 1:03d}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_flower(species, number).save(path)
+        unfinished = path.with_name(f".{path.name}")  # another run may be reading the picture
+        draw_flower(species, number).save(unfinished)
+        unfinished.replace(path)
 
 
 def draw_flower(species, number, size=96):
@@ -1240,11 +1224,13 @@ def train_and_report(cfg):
     """The whole run: data, model, activations, both stages, reports."""
     socket.setdefaulttimeout(60)  # no download waits for ever
     print(f"device     {cfg.device}, {str(cfg.dtype).removeprefix('torch.')}")
-    if cfg.demo:
-        print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
-        draw_demo_images(Path(cfg.data_dir))
-    # What a user can have got wrong comes first: images, but for those of test, then weights.
-    data, pretrained = find_images(cfg), load_pretrained(cfg.weights)
+    lock = FileLock(Path(cfg.out_dir, "activations", ".images.lock"))
+    with wait_for(lock):  # two runs that start together would download into the same files
+        if cfg.demo:
+            print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
+            draw_demo_images(Path(cfg.data_dir))
+        # What a user can have got wrong comes first: images, but for those of test, then weights.
+        data, pretrained = find_images(cfg), load_pretrained(cfg.weights)
     layout = torch.channels_last if cfg.device.type == "cpu" else torch.preserve_format  # a GPU trains slower in it
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
     if pretrained is None:
@@ -1261,7 +1247,8 @@ def train_and_report(cfg):
     run = take_up_run(model, data, cfg)
     train(model, blocks, activations, run, cfg)
     if "test" in data.tables:  # nobody waits for these before the training
-        data.tables["test"] = check_images(data.tables["test"], cfg)
+        with wait_for(lock):
+            data.tables["test"] = check_images(data.tables["test"], cfg)
         table = pd.concat(data.tables.values())
         tell_copies(table[table.sha256.isin(data.tables["test"].sha256)])  # the others are told already
         activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
@@ -1288,7 +1275,7 @@ def parse_command_line(argv):
     comments = dict(re.findall(r"^([A-Z_0-9]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
     for name, value in (CONSTANTS | (DEMO if "--demo" in argv else {})).items():
         several = isinstance(value, (tuple, list))
-        kind, shown = type(value[0] if several else value), " ".join(map(str, value)) if several else value
+        kind, shown = type([*value, ""][0] if several else value), " ".join(map(str, value)) if several else value
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__.upper(),
             "nargs": "+" if several else None}
@@ -1301,11 +1288,12 @@ def parse_command_line(argv):
         "TRAIN_SPLITS must be train, or train val": set(cfg.train_splits) in ({"train"}, {"train", "val"}),
         "EVAL_SPLITS must be val, test or both": set(cfg.eval_splits) in ({"val"}, {"test"}, {"val", "test"}),
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
-        "RUN_NAME must be a file name": (
-            cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip(".") and len(cfg.run_name) < 200),
+        "RUN_NAME must be a file name": (cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip(".")
+                                         and len(os.fsencode(cfg.run_name)) < 200),
         "UNFREEZE_LAST_BLOCKS must be from 0 to 9": 0 <= cfg.unfreeze_last_blocks <= 9,
-        "CROP and VAL_FRACTION must be from 0 to 1": all(0 <= share <= 1 for share in (cfg.crop, cfg.val_fraction)),
-        "SHRINKAGE must be above 0, at most 1": 0 < cfg.shrinkage <= 1,
+        "CROP must be from 0 to 1": 0 <= cfg.crop <= 1,
+        "SHRINKAGE and VAL_FRACTION must be above 0, at most 1": all(
+            0 < share <= 1 for share in (cfg.shrinkage, cfg.val_fraction)),
         "VIEWS and BATCH_SIZE must be at least 1, FOLDS 2": min(cfg.views, cfg.batch_size, cfg.folds - 1) >= 1,
         "epochs, learning rates, their factors and SEED must be from 0 to 2^63": all(0 <= number < 2**63 for number in (
             cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage1, cfg.lr_stage2, cfg.blocks_lr_factor, cfg.layer_decay,
@@ -1320,11 +1308,9 @@ def choose_device(cfg):
     """Put a torch.device in place of DEVICE, and choose the precision."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: the same bits each time
     gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with explained(f"no device {cfg.device}: set --device to auto or cpu", RuntimeError, AssertionError):
         cfg.device = torch.device(gpu if cfg.device == "auto" else cfg.device)
         torch.zeros(1, device=cfg.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"no device {cfg.device} ({one_line(error)}): set --device to auto or cpu") from None
     torch.use_deterministic_algorithms(cfg.device.type == "cuda", warn_only=True)
     processor = torch.cpu.get_capabilities()
     bfloat16 = processor.get("avx512_bf16") or processor.get("bf16")  # elsewhere it is slower than float32
@@ -1368,6 +1354,8 @@ def main(argv=()):
             code, message = 1, f"out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             code, message = 1, f"no room left in {cfg.out_dir} ({error.strerror}): what was saved before is whole"
+        elif isinstance(error, PermissionError):
+            code, message = 2, one_line(error)
         else:
             raise
     print("error: " + message.replace("\n", " "), file=sys.stderr)
@@ -1380,10 +1368,38 @@ print_once = cache(print)
 progress = partial(tqdm, disable=None, leave=False)  # a bar, where somebody watches
 
 
+def wait_for(lock):
+    """Acquire a FileLock that other runs hold for a while, and say so where one does."""
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting    for another run in this folder; if none is going on, delete {lock.lock_file}")
+        return lock.acquire()
+
+
 def listing(items, limit=3):
     """The first few of `items` in words, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(map(str, items[:limit])) + more
+
+
+@contextmanager
+def explained(message, *kinds):
+    """An error of these kinds, met within, as a UserError with this message; one of memory stays what it is."""
+    try:
+        yield
+    except kinds as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{message} ({one_line(error)})") from None
+
+
+def attempt(work, item):
+    """What work(item) returns and no reason, or nothing and the reason that a UserError gives."""
+    try:
+        return work(item), ""
+    except UserError as error:
+        return "", str(error)
 
 
 def one_line(error):
@@ -1394,7 +1410,7 @@ def one_line(error):
 def is_out_of_memory(error):
     """Whether an exception tells of it: allocators and killed workers raise a mere RuntimeError."""
     signs = "MemoryError", "OutOfMemory", "out of memory", "allocate memory", "killed by signal: Killed"
-    return any(sign in repr(error) for sign in signs)
+    return any(sign in repr([error, error.__cause__]) for sign in signs)
 
 
 def digest(value):

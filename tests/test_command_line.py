@@ -38,6 +38,7 @@ ROWS = [
     (["--shrinkage", "0"], "SHRINKAGE"), (["--shrinkage", "1.1"], "SHRINKAGE"), (["--shrinkage", "nan"], "SHRINKAGE"),
     (["--crop", "1.5"], "CROP"), (["--crop", "-0.1"], "CROP"), (["--crop", "nan"], "CROP"),
     (["--val-fraction", "1.1"], "VAL_FRACTION"), (["--val-fraction", "nan"], "VAL_FRACTION"),
+    (["--val-fraction", "0"], "VAL_FRACTION"),
     (["--folds", "1"], "FOLDS"),
     (["--epochs-stage1", "-1"], "epochs"), (["--epochs-stage2", "-1"], "epochs"),
     (["--epochs-stage1", "two"], "--epochs-stage1"),
@@ -45,7 +46,8 @@ ROWS = [
     (["--seed", "20261130022400123456789"], "SEED"), (["--lr-stage1", "-1"], "learning rates"),
     (["--lr-stage2", "nan"], "learning rates"), (["--layer-decay", "-1"], "factors"),
     (["--blocks-lr-factor", "inf"], "factors"),
-    (["--run-name", 240 * "x"], "RUN_NAME"), (["--weights", 300 * "x"], "there is no file"),
+    (["--run-name", 240 * "x"], "RUN_NAME"), (["--run-name", 80 * "花"], "RUN_NAME"),
+    (["--weights", 300 * "x"], "there is no file"),
     (["--data-dir", 300 * "x"], "is no folder"), (["--predict", 300 * "x"], "does not exist"),
     (["--predict", "{own}/train/red/0.png", "--checkpoint", 300 * "x"], "there is no file"),
     (["--run-name", "a/b"], "RUN_NAME"), (["--run-name", ""], "RUN_NAME"), (["--run-name", ".."], "RUN_NAME"),
@@ -94,7 +96,8 @@ def test_every_constant_is_an_option_with_its_comment(monkeypatch, capsys):
     assert {name.lower() for name, *_ in constants} == program.CONSTANTS.keys()  # each of them has a comment
     for name, value, comment in constants:
         assert f" --{name.lower().replace('_', '-')}" in text and f" {comment} (" in text
-        assert program.CONSTANTS[name.lower()] == eval(value)
+        expected = eval(value)
+        assert program.CONSTANTS[name.lower()] == (list(expected) if isinstance(expected, tuple) else expected)
 
 
 def test_no_epochs_at_all_report_the_head_as_it_is_solved(small_network, options, tmp_path, capsys):
@@ -124,6 +127,34 @@ def test_constants_edited_to_have_no_comment_or_to_be_lists_are_still_options():
     cfg = namespace["parse_command_line"](["--epochs-stage1", "3"])
     assert (cfg.seed, cfg.img_size, cfg.epochs_stage1) == (7, (64, 32), 3)
     assert namespace["parse_command_line"](["--seed", "8"]).seed == 8
+
+
+def test_constants_that_numpy_has_computed_are_plain_ones():
+    """A checkpoint may hold no others."""
+    namespace = {"__name__": "edited"}
+    source = SOURCE.replace("LR_STAGE2 = 1e-4", "LR_STAGE2 = 1e-4 * np.sqrt(4)")
+    source = source.replace("IMG_SIZE = (300, 300)", "IMG_SIZE = tuple(np.array([64, 32]))")
+    exec(compile(source, "<edited>", "exec"), namespace)
+    cfg = namespace["parse_command_line"]([])
+    assert [type(value) for value in (cfg.lr_stage2, *cfg.img_size)] == [float, int, int]
+    assert (cfg.lr_stage2, cfg.img_size) == (2e-4, (64, 32))
+
+
+def test_no_split_to_report_is_one_line(capsys):
+    namespace = {"__name__": "edited"}
+    exec(compile(with_constants(EVAL_SPLITS=()), "<edited>", "exec"), namespace)
+    with pytest.raises(SystemExit):
+        namespace["parse_command_line"]([])
+    assert is_one_line(capsys.readouterr().err, "EVAL_SPLITS")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(small_network, options, weights, monkeypatch, capsys):
+    def denied(path, *_args, **_kw):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", denied)
+    assert call([*options, "--weights", weights]) == 2
+    assert is_one_line(capsys.readouterr().err, str(weights), "Permission denied")
 
 
 # Notebooks and imports

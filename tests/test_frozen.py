@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ONE_EPOCH, Killed, activations, call, checkpoints, draw, is_one_line, real, same, settings
 from filelock import FileLock
+from torch import nn
 
 import efficientnet_b3 as program
 
@@ -302,6 +303,15 @@ def test_what_they_depend_on_is_computed_anew(small_network, options, own_images
     assert names[-1] == names[-2], "folds"
 
 
+def test_layers_of_the_same_weights_and_of_another_form_are_other_layers(cfg):
+    """Such as another pooling or activation function, which somebody puts into the model after it was built."""
+    tensor = torch.linspace(-1, 1, 75).view(1, 1, 3, 5, 5)
+    given = program.Activations(tensor, torch.tensor([0]), "0")
+    for layer in (nn.SiLU(), nn.ReLU(), nn.Hardtanh(), nn.Hardtanh(-0.1, 0.1)):
+        told = program.pooled_features(given, nn.Sequential(layer), cfg).tensor
+        assert torch.equal(told, layer(tensor.to(cfg.dtype)))
+
+
 def test_files_of_other_splits_and_views_are_not_computed_again(trained, tmp_path):
     before = activations(tmp_path / "runs")
     assert call([*trained, "--eval-splits", "val", "test", "--views", "1"]) == 0
@@ -365,19 +375,21 @@ def test_what_was_not_used_for_longest_is_removed_beyond_keep_gb_and_nothing_in_
 
 def test_nothing_is_removed_while_another_run_is_going_on(trained, tmp_path):
     old, = old_files(tmp_path / "runs", 10**6)
+    others = tmp_path / "runs" / "activations" / "layer3.bin"  # is none of the program's files
+    others.write_bytes(b"mine")
     lock = FileLock(tmp_path / "runs" / ".other.lock")
     with lock:
         assert call([*trained, "--keep-gb", "0"]) == 0 and old.exists()
     (tmp_path / "runs" / ".another_users.lock").mkdir()  # cannot be opened, like a file of somebody else
     assert call([*trained, "--keep-gb", "0"]) == 0 and old.exists()
     (tmp_path / "runs" / ".another_users.lock").rmdir()
-    assert call([*trained, "--keep-gb", "0"]) == 0 and not old.exists()
+    assert call([*trained, "--keep-gb", "0"]) == 0 and not old.exists() and others.exists()
 
 
-def test_a_second_run_says_that_it_waits_for_the_rows_that_another_computes(cfg, outputs, monkeypatch):
+def test_a_second_run_says_that_it_waits_for_the_rows_that_another_computes(cfg, outputs, monkeypatch, tmp_path):
     """Two runs of other names that start together need the same activations."""
     pipe, child = os.pipe(), 0
-    log = []
+    log, lock = [], tmp_path / "runs" / "activations" / f"{'a' * 32}.lock"
 
     def compute(done):
         nonlocal child
@@ -387,7 +399,8 @@ def test_a_second_run_says_that_it_waits_for_the_rows_that_another_computes(cfg,
             again = program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg)
             os._exit(0 if same(again, outputs) and not log else 1)
         assert select.select([pipe[0]], [], [], 60)[0], "it waits without a word"
-        assert b"waiting for another run" in os.read(pipe[0], 200)
+        told = os.read(pipe[0], 500).decode()
+        assert told.startswith("waiting    for another run") and told.endswith(f"delete {lock}")
         yield from batches_of(outputs)(done)
 
     assert same(program.compute_once("a" * 64, 300, compute, cfg), outputs)
@@ -472,6 +485,19 @@ def test_no_process_is_left_of_a_run_that_is_stopped_and_the_next_start_goes_on(
 
 
 # Images that change under the run's feet, and mistakes in transforms
+
+
+def test_a_worker_that_the_system_has_killed_is_told_as_that(small_network, options, monkeypatch, capfd):
+    """As Linux does where memory is short."""
+    main_process = os.getpid()
+
+    def killed(*_args, **_kw):
+        assert os.getpid() != main_process
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(program, "batch_of_views", killed)
+    assert call([*options, "--num-workers", "1"]) == 1
+    assert is_one_line(capfd.readouterr().err, "out of memory", "NUM_WORKERS", "worker")
 
 
 def test_an_image_that_breaks_during_the_run_is_named(small_network, options, own_images, monkeypatch, capsys):

@@ -53,6 +53,19 @@ def test_so_they_are_for_classes_of_unlike_sizes(options):
         assert_same_direction(heads.weight[head], heads.bias[head], reference)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_so_few_images_that_nothing_varies_within_a_class_are_told_apart(count, options):
+    """Of two images each, those heads see one that leave out the other; rounding is no covariance."""
+    labels = torch.arange(20).repeat_interleave(count)
+    seen = torch.randn(len(labels), 1, 50, generator=torch.Generator().manual_seed(0)).abs()
+    heads = heads_for(labels, options, classes=20, width=50)
+    heads.fit_closed_form(seen, 0.3)
+    for number in range(3):
+        kept = heads.targets[number] != -100
+        logits = heads.logits(seen[kept, 0], torch.full((int(kept.sum()),), number))
+        assert (logits.argmax(1) == labels[kept]).all(), f"head {number}"
+
+
 def test_images_that_are_all_alike_have_a_closed_form(options):
     heads = heads_for(LABELS, options)
     heads.fit_closed_form(torch.ones(24, 2, 5), 0.3)

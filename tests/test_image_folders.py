@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import (COLOURS, ONE_EPOCH, call, draw, draw_classes, draw_splits, figures_of, history_of,
                       is_one_line, real, settings)
@@ -96,6 +98,14 @@ def test_class_folders_alone_lend_a_part_of_each_class_for_validation(find, tmp_
     drawn = [set(find(folder, "--seed", seed).tables["val"].path) for seed in ("0", "1")]
     assert set(data.tables["val"].path) == drawn[0] != drawn[1]
     assert classes(find(folder, "--val-fraction", "0.5"), "val") == {"blue": 5, "red": 10, "yellow": 5}
+    assert classes(find(folder, "--val-fraction", "1")) == {"blue": 1, "red": 1, "yellow": 1}
+
+
+def test_each_class_that_can_lends_one_image_and_keeps_one(find, tmp_path):
+    folder = draw_classes(draw_classes(tmp_path / "few", 2, ["blue", "red"]), 1, ["yellow"])
+    data = find(folder)
+    assert classes(data) == {"blue": 1, "red": 1, "yellow": 1}
+    assert classes(data, "val") == {"blue": 1, "red": 1, "yellow": 0}
 
 
 def test_the_folder_train_itself_is_a_folder_of_classes(find, own_images):
@@ -360,33 +370,25 @@ def test_all_unreadable_images_are_named_in_a_file_and_counted(options, own_imag
     broken = break_images(own_images)
     refuse(options, capsys, "3 of 27", "t_unreadable.txt", "--skip-unreadable")
     lines = (tmp_path / "runs" / "t_unreadable.txt").read_text().splitlines()
-    assert len(lines) == 3 and all(any(line.startswith(f"{path}: ") for line in lines) for path in broken)
+    assert len(lines) == 3 and all(any(line.startswith(f"{path} (") for line in lines) for path in broken)
     assert not list((tmp_path / "runs").glob("*.p*"))
 
 
-def test_two_runs_that_start_at_once_note_the_files_that_both_have_read(options, tmp_path, monkeypatch):
-    """They have a folder of files, and the note's unfinished form, in common."""
-    replace, work, notes = os.replace, program.map_batches, []
+def test_two_runs_that_start_at_once_look_at_the_images_one_after_the_other(options, tmp_path, monkeypatch, capsys):
+    """They would download and draw into the same files, and note what they have read in one."""
+    asked = []
 
-    def replace_while_no_other_run_can(source, target):
-        if "readable" in target.name:
-            with pytest.raises(Timeout):
-                FileLock(target.with_suffix(".lock"), timeout=0).acquire()
-            notes.append(target)
-        replace(source, target)
-
-    def work_while_another_run_notes(*args):
-        notes[0].write_text(json.dumps(["the other run's"]))
+    def alone(name, work, *args):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "runs" / "activations" / ".images.lock", timeout=0).acquire()
+        asked.append(name)
         return work(*args)
 
-    monkeypatch.setattr(program.os, "replace", replace_while_no_other_run_can)
-    assert call([*options, *ONE_EPOCH]) == 0
-    notes[0].unlink()
-    monkeypatch.setattr(program, "map_batches", work_while_another_run_notes)
-    cfg = settings(options)
-    table = program.pd.DataFrame({"path": [tmp_path / "own" / "val" / "red" / "0.png"]})
-    hashes = program.check_images(table, cfg).sha256.tolist()
-    assert json.loads(notes[0].read_text()) == sorted([*hashes, "the other run's"])
+    for name in ("draw_demo_images", "find_images", "load_pretrained", "check_images"):
+        work = getattr(program, name) if name != "draw_demo_images" else lambda folder: None
+        monkeypatch.setattr(program, name, partial(alone, name, work))
+    assert call([*options, *ONE_EPOCH, "--eval-splits", "val", "test", "--demo"]) == 0
+    assert asked == ["draw_demo_images", "find_images", "check_images", "load_pretrained", "check_images"]
 
 
 def test_a_run_can_go_on_without_unreadable_images(options, own_images, tmp_path, capsys):
@@ -412,8 +414,22 @@ def test_a_decompression_bomb_is_a_line(options, own_images, tmp_path, monkeypat
     assert "bomb" in (tmp_path / "runs" / "t_unreadable.txt").read_text()
 
 
-def test_names_that_no_encoding_has(options, own_images, tmp_path, capsys):
-    """Bytes that are no letters, a line break, quotes and commas in the names of files."""
+@pytest.fixture
+def strings_as_with_pyarrow(monkeypatch):
+    """Where it is installed, pandas' strings are its, which hold no letters that no encoding has."""
+    make = pd.arrays.StringArray._from_sequence.__func__
+
+    def encode_and_make(cls, scalars, *args, **kw):
+        "".join(filter(lambda scalar: isinstance(scalar, str), scalars)).encode()
+        return make(cls, scalars, *args, **kw)
+
+    monkeypatch.setattr(pd.arrays.StringArray, "_from_sequence", classmethod(encode_and_make))
+
+
+def test_names_that_no_encoding_has(options, own_images, strings_as_with_pyarrow, tmp_path, capsys):
+    """Bytes that are no letters, a line break, quotes and commas in the names of files and a class."""
+    for split in ("train", "val", "test"):
+        os.rename(own_images / split / "blue", os.path.join(os.fsencode(own_images), split.encode(), b"blue\xff"))
     folder = os.fsencode(own_images / "val" / "red")
     for number, name in enumerate((b"\xff\xfe.png", b"line\nbreak.png", b'a "quoted", name; \xe2\x80\xae.png')):
         os.rename(os.path.join(folder, b"%d.png" % number), os.path.join(folder, name))
@@ -517,6 +533,12 @@ def test_flowers102_layout(flowers, options, tmp_path, downloads, capsys):
     assert call([*options, *ONE_EPOCH, "--data-dir", flowers, "--eval-splits", "val", "test"]) == 0
     assert "15 train, 9 val, 6 test" in capsys.readouterr().out and not downloads
     assert figures_of(tmp_path / "runs", "test")["images"] == 6
+
+
+def test_own_classes_beside_flowers102_are_said_to_be_passed_over(flowers, find, capsys):
+    draw_classes(flowers, 2, ["roses", "tulips"])
+    assert len(find(flowers).class_names) == 3
+    assert "passed over: roses, tulips" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("state", ["missing", "empty", "hidden", "begun"])

@@ -101,6 +101,11 @@ def other_shape():
     return {**state, FIRST: torch.zeros(3)}
 
 
+def diverged():
+    state = program.build_model(2).state_dict()
+    return {**state, FIRST: state[FIRST] * float("nan")}
+
+
 def timm_names():
     return {"conv_stem.weight": torch.zeros(40, 3, 3, 3), "blocks.0.0.conv_dw.weight": torch.zeros(1),
             "classifier.weight": torch.zeros(2, 1536)}
@@ -109,15 +114,16 @@ def timm_names():
 @small
 @pytest.mark.parametrize("content, phrases", [
     (lambda: efficientnet_b0(num_classes=2).state_dict(), ["features.0.0.weight", "shape"]),
-    (lambda: {"weight": torch.zeros(3)}, ["weight"]), (other_shape, [FIRST]), (Evil, ["print"]), (dict, []),
+    (lambda: {"weight": torch.zeros(3)}, ["weight"]), (other_shape, [FIRST]), (diverged, [FIRST, "not finite"]),
+    (Evil, ["print"]), (dict, []),
     (lambda: [1, 2], ["list"]), (lambda: torch.zeros(3), ["Tensor"]), (lambda: {"state_dict": {"a": {"b": {}}}}, []),
     (lambda: b"\0" * 99, ["bytes"]),
     (lambda: {**{f"features.{n}.x": torch.zeros(1) for n in range(9)}, FIRST: torch.zeros(40, 3, 3, 3)}, ["missing"]),
     (timm_names, ["conv_stem.weight"]),
     (lambda: {"state_dict": {FIRST: torch.zeros(1)}, "args": argparse.Namespace(lr=0.1)}, ["argparse.Namespace"]),
     (lambda: {"state_dict": {FIRST: torch.zeros(1)}, "best": np.float64(0.9)}, ["numpy"])],
-    ids=["another network", "few", "other shape", "code", "empty", "list", "tensor", "hollow", "bytes", "a key", "timm",
-         "settings", "numpy"])
+    ids=["another network", "few", "other shape", "diverged", "code", "empty", "list", "tensor", "hollow", "bytes",
+         "a key", "timm", "settings", "numpy"])
 def test_files_that_hold_no_weights_are_named_with_what_they_hold(content, phrases, options, tmp_path, capsys):
     torch.save(content(), tmp_path / "own.pth")
     assert call([*options, "--weights", tmp_path / "own.pth"]) == 2

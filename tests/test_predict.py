@@ -169,12 +169,17 @@ def test_a_checkpoint_that_is_none_is_one_line(content, finished, images, capsys
 
 
 def test_what_a_checkpoint_of_an_earlier_version_lacks_is_said(finished, runs, images, capsys):
-    """It had the names of its classes among its constants."""
+    """One had the names of its classes among its constants, another had no crops."""
     state = torch.load(runs / "t_best.pth", weights_only=True)
-    state["config"]["class_names"] = state.pop("class_names")
-    torch.save(state, images / "old.pth")
-    assert call([*finished, "--predict", images / "a.png", "--checkpoint", images / "old.pth"]) == 2
-    assert is_one_line(capsys.readouterr().err, "old.pth", "class_names", "lacks")
+    with_names = {**state["config"], "class_names": state["class_names"]}
+    without_crop = {key: value for key, value in state["config"].items() if key != "crop"}
+    for old, lacking in (({**state, "config": with_names}, "class_names"), ({**state, "config": without_crop}, "crop"),
+                         ({**state, "config": None}, "crop")):
+        if lacking == "class_names":
+            del old["class_names"]
+        torch.save(old, images / "old.pth")
+        assert call([*finished, "--predict", images / "a.png", "--checkpoint", images / "old.pth"]) == 2
+        assert is_one_line(capsys.readouterr().err, "old.pth", lacking, "lacks")
 
 
 def test_a_checkpoint_of_other_code_is_said_to_be_one(finished, runs, images, monkeypatch, capsys):
@@ -190,7 +195,7 @@ def test_a_checkpoint_of_other_code_is_said_to_be_one(finished, runs, images, mo
 
 
 def test_a_prediction_that_is_stopped_promises_no_epochs(finished, images, monkeypatch, capsys):
-    def stop(*_args):
+    def stop(*_args, **_kw):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(program, "load_checkpoint", stop)

@@ -152,6 +152,16 @@ def test_the_comparison_against_figures_by_hand():
     assert [float(number) for number in row[1:]] == pytest.approx([0.5, 0.8333, 0.3333], abs=1e-4)
 
 
+def test_a_class_without_images_in_a_split_counts_in_no_mean():
+    labels = torch.tensor([0, 0, 2, 2])
+    told = probabilities_of([0, 0, 2, 1])
+    figures, _, f1 = program.compare("val", {"frozen (epoch 0)": told}, told, labels, ["a", "b", "c"])
+    assert f1.index.tolist() == ["a", "c"] and f1.iloc[:, 0].mean() == pytest.approx(figures["macro_f1"])
+    _, text = program.describe("val", labels, told.argmax(1), np.eye(3, dtype=int), np.array(["a", "b", "c"]))
+    macro, = (line.split() for line in text.splitlines() if "macro avg" in line)
+    assert float(macro[4]) == pytest.approx(figures["macro_f1"], abs=1e-3) and " b " not in text
+
+
 def test_equal_models_are_no_difference():
     same = probabilities_of([0, 1, 1])
     figures, text, _ = program.compare("val", {"frozen (epoch 0)": same, "fine-tuned (epoch 1)": same}, same,
@@ -186,6 +196,7 @@ def test_the_report_compares_on_each_split(finished):
         assert frozen["images"] == tuned["images"] == figures["images"] == count
         assert figures["mended"] - figures["spoilt"] == round(count * (tuned["accuracy"] - frozen["accuracy"]))
         part = report[report.index(f"{split}, {count} images"):]
+        assert ("chosen on these images" in part.split("\n\n")[0]) == (split == "val")
         assert f"{frozen['accuracy']:.4f}" in part and f"{tuned['accuracy']:.4f}" in part
         for key in ("macro_f1", "top5_accuracy", "log_loss", "expected_calibration_error"):
             assert f"{frozen[key]:.4f}" in part and f"{tuned[key]:.4f}" in part
