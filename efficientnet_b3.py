@@ -859,8 +859,8 @@ def find_class_folders(folder, cfg):
         shuffled = table[table.split == "train"].sample(frac=1, random_state=mix_seed(cfg.seed, "validation") % 2**32)
         classes = shuffled.groupby("name").name
         size = classes.transform("size")
-        wanted = (cfg.val_fraction * size).round().clip(lower=1).clip(upper=size - 1)  # each class keeps one
-        drawn = shuffled[classes.cumcount() < wanted]
+        lent = (cfg.val_fraction * size).round().clip(lower=1).clip(upper=size - 1)  # each class keeps one
+        drawn = shuffled[classes.cumcount() < lent]
         table = table.assign(split=table.split.mask(table.index.isin(drawn.index), "val"))
     file = folder / "cat_to_name.json"
     with explained(f"{file} is no JSON object of folders and names: mend or remove it", ValueError, TypeError):
