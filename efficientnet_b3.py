@@ -223,7 +223,7 @@ def pooled_features(activations, blocks, cfg):
     """The pooled features [N, V, D] that the last blocks, as they are now, make of activations."""
     layers, tensor = FrozenLayers(blocks, cfg), activations.tensor
     fingerprint = digest([activations.fingerprint, layers.digest])
-    compute = lambda done: map(layers, progress(tensor[done:].split(64), "last blocks"))
+    compute = lambda done: map(layers, progress(tensor[done:].split(max(1, 512 // tensor.shape[1])), "last blocks"))
     return Activations(compute_once(fingerprint, len(tensor), compute, cfg), activations.labels, fingerprint)
 
 
@@ -471,14 +471,16 @@ def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkag
     LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...) makes many times slower, with all features in memory.
     """
     (_, views, width), classes = features.shape, len(class_weight)
-    sums_by_head = [torch.zeros(num_heads, *shape).double() for shape in ((classes,), (classes, width), (width, width))]
+    device = class_weight.device if class_weight.is_cuda else "cpu"  # others have no double precision
+    sums_by_head = [torch.zeros(num_heads, *shape, device=device, dtype=torch.double)
+                    for shape in ((classes,), (classes, width), (width, width))]
     for head in range(num_heads):
         for images in (unseen_by == head).nonzero()[:, 0].split(512):  # all features may be larger than the memory
             rows = features[images.cpu()].to(class_weight).flatten(0, 1)
             targets = (F.one_hot(labels[images], classes) * class_weight).repeat_interleave(views, dim=0)
             sums = targets.sum(0), targets.T @ rows, rows.T @ (rows * targets.sum(1, keepdim=True))
             for total, part in zip(sums_by_head, sums):
-                total[head] += part.cpu()
+                total[head] += part.to(device)
     weights, biases = [], []
     for head in range(num_heads):
         counts, sums, products = (
@@ -487,7 +489,7 @@ def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkag
         covariance = (products - means.T @ sums) / counts.sum()
         # Single images have no covariance but for rounding, which the means of squares exceed by far.
         least = 1e-3 * products.diagonal().mean() / counts.sum() + 1e-9
-        identity = covariance.diagonal().mean().clamp_min(least) * torch.eye(width)
+        identity = covariance.diagonal().mean().clamp_min(least) * torch.eye(width, device=device)
         weights.append(torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * identity, means.T).T)
         biases.append((counts / counts.sum()).log() - (weights[-1] * means).sum(1) / 2)
     return torch.stack(weights), torch.stack(biases)
@@ -520,16 +522,16 @@ class FrozenLayers:
         batch, outputs, first = views.flatten(0, 1), [], 0
         while first < len(batch):
             size = self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
-            part = batch[first:first + size].to(self.device)
-            if len(batch) > 1 and self.device.type != "cpu":  # always one size: a GPU needs seconds for each new shape
-                part = torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])])
-            if part.dtype == torch.uint8:
-                part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
             try:
+                part = batch[first:first + size].to(self.device)
+                if len(batch) > 1 and self.device.type != "cpu":  # one size: a GPU needs seconds for each new shape
+                    part = torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])])
+                if part.dtype == torch.uint8:
+                    part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
                 outputs.append(self.layers(part.to(self.dtype))[:len(batch) - first].cpu())
                 first += size
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
+            except RuntimeError as error:
+                if self.batch_size == 1 or not is_out_of_memory(error):
                     raise
                 self.batch_size //= 2
         return torch.cat(outputs).clone(memory_format=torch.contiguous_format).unflatten(0, views.shape[:2])
@@ -1124,11 +1126,13 @@ def plot_mistakes(model, table, probabilities, names, title, cfg):
     weight = weight - weight.mean(0)  # what all classes share tells nothing about one of them
     figure = Figure((14.4, 1 + 3.6 * height / width), dpi=72, layout="constrained")
     figure.suptitle(title, size=14)
-    for place, i in enumerate(wrong[confidence[wrong].argsort(descending=True)[:8]].tolist(), 1):
-        label, taken, image = labels[i], predicted[i], load_views(paths[i], i, 0, cfg)
-        maps = layers(torch.from_numpy(image)[None])[0, 0].float()
-        cam = F.interpolate(torch.einsum("chw,c->hw", maps, weight[taken])[None, None], cfg.img_size, mode="bicubic")
-        cam = cam[0, 0].numpy()
+    worst = wrong[confidence[wrong].argsort(descending=True)[:8]].tolist()
+    images = [load_views(paths[i], i, 0, cfg) for i in worst]
+    maps = layers(torch.from_numpy(np.stack(images)))[:, 0].float() if worst else ()
+    for place, (i, image, channels) in enumerate(zip(worst, images, maps), 1):
+        label, taken = labels[i], predicted[i]
+        cam = torch.einsum("chw,c->hw", channels, weight[taken])
+        cam = F.interpolate(cam[None, None], cfg.img_size, mode="bicubic")[0, 0].numpy()
         # On the grey photograph all colour is the map's, whatever the colour of the flower.
         heat = sns.color_palette("inferno", as_cmap=True)((cam - cam.min()) / max(np.ptp(cam), 1e-9))[..., :3]
         axes = figure.add_subplot(2, 4, place)
@@ -1324,6 +1328,7 @@ def main(argv=()):
         if hasattr(stream, "reconfigure"):  # a terminal without the letters of a name shows their codes
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     cfg = parse_command_line(argv)
+    print_once.cache_clear()  # once in each run
     try:
         choose_device(cfg)
         if cfg.predict:

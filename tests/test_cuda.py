@@ -2,6 +2,7 @@
 import json
 import os
 
+import pandas as pd
 import pytest
 import torch
 from conftest import Killed
@@ -23,7 +24,7 @@ def tensors(folder, name):
 
 
 def test_a_killed_and_continued_run_equals_one_never_stopped(options, tmp_path, monkeypatch, capsys):
-    options = options + ["--device", "cuda"]
+    options = options + ["--device", "cuda", "--num-workers", "2", "--eval-splits", "val", "test"]
     assert program.main(options) == 0
     assert "float16" in capsys.readouterr().out
     whole = [tensors(tmp_path / "runs", name) for name in ("best", "last", "frozen")]
@@ -39,10 +40,22 @@ def test_a_killed_and_continued_run_equals_one_never_stopped(options, tmp_path, 
     with pytest.raises(Killed):
         program.main(options + ["--out-dir", str(folder)])
     monkeypatch.setattr(program.os, "replace", replace)
-    assert program.main(options + ["--out-dir", str(folder)]) == 0
+    assert program.main(options + ["--out-dir", str(folder)]) == 0 and not (folder / "t_old1").exists()
     for before, after in zip(whole, [tensors(folder, name) for name in ("best", "last", "frozen")]):
         assert before.keys() == after.keys()
         assert not [place for place in before if not torch.equal(before[place], after[place])]
+
+
+def test_predictions_are_those_of_the_report(options, own_images, tmp_path, capsys):
+    options = options + ["--device", "cuda"]
+    assert program.main(options) == 0
+    capsys.readouterr()
+    assert program.main(options + ["--predict", str(own_images / "val")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = pd.read_csv(tmp_path / "runs" / "t_predictions.csv")
+    for row in told.itertuples():
+        likeliest = lines[lines.index(str(own_images / row.file)) + 1]
+        assert float(likeliest.split("%")[0]) == pytest.approx(100 * row.probability, abs=1)
 
 
 def test_half_precision_says_what_full_precision_says(options, tmp_path, capsys):

@@ -91,6 +91,25 @@ def test_views_are_the_same_in_workers_and_in_any_batch(options, own_images):
     assert passes[0].shape == (18, 2, 3, 40, 40) and all(torch.equal(other, passes[0]) for other in passes)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
+                                   RuntimeError("MPS backend out of memory")])
+def test_where_memory_is_short_fewer_images_are_taken_at_a_time(error, options, own_images):
+    cfg, views = settings(options, "--no-amp"), torch.randint(0, 255, (5, 2, 40, 40, 3), dtype=torch.uint8)
+    layers, sizes = program.FrozenLayers(nn.Sequential(), cfg), []
+
+    def short_of_memory(batch):
+        sizes.append(len(batch))
+        if len(batch) > smallest:
+            raise error
+        return batch
+
+    expected, layers.layers, smallest = layers(views), short_of_memory, 1
+    assert torch.equal(layers(views), expected) and sizes == [4, 2, *[1] * 10]
+    smallest = 0
+    with pytest.raises(RuntimeError, match=str(error)):
+        layers(views)
+
+
 def test_the_smallest_images_work(options):
     """What remains of them is one pixel high, and its layout in memory is ambiguous."""
     assert call([*options, *ONE_EPOCH, "--views", "1", "--img-size", "32", "32"]) == 0
