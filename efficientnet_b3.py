@@ -121,8 +121,16 @@ RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files o
 OUT_DIR = "runs"  # folder of those files
 KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are removed
 
-# Plain Python, as a checkpoint may hold no NumPy; of a notebook's names, those that stand in this file.
-CONSTANTS = {name.lower(): np.asarray(value).tolist() for name, value in globals().items()
+
+def plain(value):
+    """A constant as plain Python: a checkpoint may hold no NumPy."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+# Of a notebook's names, those count that stand in this file.
+CONSTANTS = {name.lower(): plain(value) for name, value in globals().items()
              if name.isupper() and isinstance(value, (bool, int, float, str, tuple, list))
              and (not source or re.search(rf"^{name}\b", source, re.MULTILINE))}
 

@@ -96,8 +96,7 @@ def test_every_constant_is_an_option_with_its_comment(monkeypatch, capsys):
     assert {name.lower() for name, *_ in constants} == program.CONSTANTS.keys()  # each of them has a comment
     for name, value, comment in constants:
         assert f" --{name.lower().replace('_', '-')}" in text and f" {comment} (" in text
-        expected = eval(value)
-        assert program.CONSTANTS[name.lower()] == (list(expected) if isinstance(expected, tuple) else expected)
+        assert program.CONSTANTS[name.lower()] == eval(value)
 
 
 def test_no_epochs_at_all_report_the_head_as_it_is_solved(small_network, options, tmp_path, capsys):
@@ -134,10 +133,11 @@ def test_constants_that_numpy_has_computed_are_plain_ones():
     namespace = {"__name__": "edited"}
     source = SOURCE.replace("LR_STAGE2 = 1e-4", "LR_STAGE2 = 1e-4 * np.sqrt(4)")
     source = source.replace("IMG_SIZE = (300, 300)", "IMG_SIZE = tuple(np.array([64, 32]))")
+    source = source.replace("# Model\n", "PAIRS = ((1, 'a'), (2,))\n\n# Model\n")  # is left as it is
     exec(compile(source, "<edited>", "exec"), namespace)
     cfg = namespace["parse_command_line"]([])
     assert [type(value) for value in (cfg.lr_stage2, *cfg.img_size)] == [float, int, int]
-    assert (cfg.lr_stage2, cfg.img_size) == (2e-4, (64, 32))
+    assert (cfg.lr_stage2, cfg.img_size, cfg.pairs) == (2e-4, (64, 32), ((1, "a"), (2,)))
 
 
 def test_no_split_to_report_is_one_line(capsys):
