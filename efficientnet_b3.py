@@ -40,6 +40,7 @@ import json
 import marshal
 import math
 import multiprocessing
+import random
 import re
 import shutil
 import signal
@@ -121,17 +122,9 @@ RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files o
 OUT_DIR = "runs"  # folder of those files
 KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are removed
 
-
-def plain(value):
-    """A constant as plain Python: a checkpoint may hold no NumPy."""
-    if isinstance(value, (tuple, list)):
-        return tuple(map(plain, value))
-    return value.item() if isinstance(value, np.generic) else value
-
-
-# Of a notebook's names, those count that stand in this file.
-CONSTANTS = {name.lower(): plain(value) for name, value in globals().items()
-             if name.isupper() and isinstance(value, (bool, int, float, str, tuple, list))
+# Of a notebook's names, those that stand in this file.
+CONSTANTS = {name.lower(): value for name, value in globals().items()
+             if name.isupper() and isinstance(value, (bool, int, float, str, tuple, list, np.generic, np.ndarray))
              and (not source or re.search(rf"^{name}\b", source, re.MULTILINE))}
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -159,7 +152,10 @@ def load_views(path, index, num_views, cfg):
     transforms, images = make_transforms(cfg), []
     image = transforms.resize(load_image(path))
     for view in range(max(1, num_views)):
-        torch.default_generator.manual_seed(mix_seed(cfg.seed, "view", view, index))
+        seed = mix_seed(cfg.seed, "view", view, index)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)  # the other two serve augmentations that somebody adds
+        np.random.seed(seed % 2**32)
         images.append(transforms.augment(image) if num_views else transforms.centre(image))
     return np.stack(images)
 
@@ -397,7 +393,7 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
         loss = heads.loss(features, images)
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower the learning rates, or "
-                            "set AMP to False; earlier epochs are saved")
+                            "set --no-amp; earlier epochs are saved")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -514,7 +510,8 @@ class FrozenLayers:
     """A copy of layers that stand still, in the form that is fastest for inference."""
 
     def __init__(self, layers, cfg):
-        self.digest = digest([str(layers), layers.state_dict(), str(cfg.dtype), cfg.device.type])
+        own_classes = [code_of().get(type(part).__name__) for part in layers.modules()]  # in whatever room they stand
+        self.digest = digest([str(layers), own_classes, layers.state_dict(), str(cfg.dtype), cfg.device.type])
         layers = copy.deepcopy(layers).eval()
         for module in layers.modules():
             if isinstance(module, Conv2dNormActivation):
@@ -605,7 +602,7 @@ def compute_once(fingerprint, rows, compute, cfg):
     path = Path(cfg.out_dir, "activations", fingerprint[:32] + ".bin")
     note, lock = path.with_suffix(".json"), FileLock(path.with_suffix(".lock"))
     with wait_for(lock), open(path, "ab") as file:
-        known = json.loads(note.read_text()) if note.exists() else {"rows": 0, "row_bytes": 0}
+        known = read_note(note, {"rows": 0, "row_bytes": 0})
         if file.tell() < known["rows"] * known["row_bytes"]:  # somebody has cut it
             known["rows"] = 0
         # Written, not mapped: on a full disk a write raises an error, but a mapped file kills the process.
@@ -626,6 +623,14 @@ def compute_once(fingerprint, rows, compute, cfg):
     os.utime(path)  # those used last are kept longest
     tensor = torch.from_file(str(path), shared=False, size=math.prod(known["shape"]), dtype=cfg.dtype)
     return tensor.view(known["shape"])
+
+
+def read_note(path, default):
+    """What a file of JSON holds, or `default` if it is not there or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return default
 
 
 def remove_old_activations(in_use, cfg):
@@ -798,7 +803,7 @@ def find_images(cfg):
         table = table.assign(split="train")
     tables = dict(list(pd.concat([table, test]).groupby("split", sort=False)))
     if needed - tables.keys() or tables["train"].label.nunique() < len(folders):
-        raise UserError(f"{folder} has too few readable images of a class or split: add some or change VAL_FRACTION")
+        raise UserError(f"{folder} has too few readable images of a class or split: add some")
     if "val" in needed and not tables.keys() & set(cfg.eval_splits):
         raise UserError(f"{folder} has no images of EVAL_SPLITS ({' '.join(cfg.eval_splits)})")
     counts = ", ".join(f"{len(part):,} {name}" for name, part in tables.items())
@@ -810,7 +815,7 @@ def check_images(table, cfg):
     """The table with the hash of each file; those that cannot be read are an error or, if told so, left out."""
     # Files that were read before by the same code need not be decoded again.
     note = Path(cfg.out_dir, "activations", f"readable_{digest(code_of(without=NOT_FROZEN))[:16]}.json")
-    known = set(json.loads(note.read_text())) if note.exists() else set()
+    known = set(read_note(note, ()))
     work = partial(attempt, partial(check_image, known=known))
     hashes, reasons = zip(*progress(map_batches(work, table.path.tolist(), cfg), "decoding"))
     write_file(note, json.dumps(sorted(known.union(hashes) - {""})))
@@ -865,7 +870,7 @@ def find_class_folders(folder, cfg):
     if lacking := [places[split] / name for split, name in sorted(wanted - set(zip(table.split, table.name)))]:
         raise UserError(f"each class needs images in each split; missing or empty: {listing(lacking)}")
     if "val" not in places and "val" not in cfg.train_splits:
-        print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, by SEED, are for validation")
+        print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, at least one, are drawn by SEED")
         shuffled = table[table.split == "train"].sample(frac=1, random_state=mix_seed(cfg.seed, "validation") % 2**32)
         classes = shuffled.groupby("name").name
         size = classes.transform("size")
@@ -896,7 +901,8 @@ def visible(folder):
         paths = sorted(folder.iterdir())
     return [path for path in paths if path.name.lower() not in LITTER
             and (not path.name.startswith(".") or path.name.endswith(".icloud"))  # an image that is still in a cloud
-            and not any(path.glob(".*.lock")) and not any(path.glob("*_history.csv"))]  # of runs
+            and not any((path / name).exists() for name in (".images.lock", "activations/.images.lock"))  # OUT_DIR
+            and not (any(path.glob("*_history.csv")) and any(path.glob("*_config.json")))]
 
 
 def only_images(files, wanted, stream):
@@ -1162,6 +1168,8 @@ def predict(cfg):
             raise UserError(f"{path} does not exist: name images or folders")
         files = [path] if path.is_file() else list(files_below(path))
         paths += files if path.is_file() else only_images(files, set(files), sys.stderr)
+    if not paths:
+        raise UserError(f"no images in {listing(cfg.predict)}")
     state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"),
                             ("model", "config", "class_names"), of_config=("img_size", "crop"))
     config, names = state["config"], state["class_names"]
@@ -1169,7 +1177,8 @@ def predict(cfg):
     code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=NOT_FROZEN).items()}
     if changed := [key for key in code if config.get(key) != code[key]]:
         print(f"note: this checkpoint was trained with another {listing(changed)}", file=sys.stderr)
-    model = build_model(len(names), state["model"])
+    with explained("the checkpoint does not fit the model of this program", RuntimeError):
+        model = build_model(len(names), state["model"])
     layers = FrozenLayers(split_model(model, 0)[0], cfg)
     on_cpu = cfg.device.type == "cpu"
     work = partial(attempt, partial(batch_of_views, num_views=0, layers=layers if on_cpu else None, cfg=cfg))
@@ -1286,15 +1295,15 @@ def parse_command_line(argv):
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="for --predict: another one than the best")
     comments = dict(re.findall(r"^([A-Z_0-9]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
     for name, value in (CONSTANTS | (DEMO if "--demo" in argv else {})).items():
-        several = isinstance(value, (tuple, list))
-        kind, shown = type([*value, ""][0] if several else value), " ".join(map(str, value)) if several else value
+        value, several = plain(value), isinstance(plain(value), tuple)
+        kind, shown = type((*value, "")[0] if several else value), " ".join(map(str, value)) if several else value
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__.upper(),
             "nargs": "+" if several else None}
         parser.add_argument("--" + name.replace("_", "-"), default=value, **how,
                             help=f"{comments.get(name.upper(), '')} (default: {shown})".replace("%", "%%"))
     cfg = parser.parse_args(argv)
-    vars(cfg).update({name: tuple(value) for name, value in vars(cfg).items() if isinstance(value, list)})
+    vars(cfg).update({name: plain(value) for name, value in vars(cfg).items()})
     rules = {
         "IMG_SIZE must be two numbers from 32": np.size(cfg.img_size) == 2 and min(cfg.img_size) >= 32,
         "TRAIN_SPLITS must be train, or train val": set(cfg.train_splits) in ({"train"}, {"train", "val"}),
@@ -1311,6 +1320,9 @@ def parse_command_line(argv):
             cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage1, cfg.lr_stage2, cfg.blocks_lr_factor, cfg.layer_decay,
             cfg.seed)),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
+    rules |= {f"{name.upper()} is read by that name in the code, so it is no option: edit it, or read cfg.{name}":
+              getattr(cfg, name) == plain(value) or not re.search(rf"\b{name.upper()}\b", str(source and code_of()))
+              for name, value in CONSTANTS.items()}
     if broken := [rule for rule, kept in rules.items() if not kept]:
         parser.error("; ".join(broken))
     return cfg
@@ -1379,6 +1391,12 @@ def main(argv=()):
 
 print_once = cache(print)
 progress = partial(tqdm, disable=None, leave=False)  # a bar, where somebody watches
+
+
+def plain(value):
+    """A value as plain Python, lists as tuples: a checkpoint may hold no NumPy."""
+    value = value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+    return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def wait_for(lock):

@@ -132,12 +132,14 @@ def test_constants_that_numpy_has_computed_are_plain_ones():
     """A checkpoint may hold no others."""
     namespace = {"__name__": "edited"}
     source = SOURCE.replace("LR_STAGE2 = 1e-4", "LR_STAGE2 = 1e-4 * np.sqrt(4)")
-    source = source.replace("IMG_SIZE = (300, 300)", "IMG_SIZE = tuple(np.array([64, 32]))")
+    source = source.replace("IMG_SIZE = (300, 300)", "IMG_SIZE = np.array([64, 32])")
+    source = source.replace("VIEWS = 8", "VIEWS = np.int64(3)")
     source = source.replace("# Model\n", "PAIRS = ((1, 'a'), (2,))\n\n# Model\n")  # is left as it is
     exec(compile(source, "<edited>", "exec"), namespace)
     cfg = namespace["parse_command_line"]([])
-    assert [type(value) for value in (cfg.lr_stage2, *cfg.img_size)] == [float, int, int]
-    assert (cfg.lr_stage2, cfg.img_size, cfg.pairs) == (2e-4, (64, 32), ((1, "a"), (2,)))
+    assert [type(value) for value in (cfg.lr_stage2, *cfg.img_size, cfg.views)] == [float, int, int, int]
+    assert (cfg.lr_stage2, cfg.img_size, cfg.views, cfg.pairs) == (2e-4, (64, 32), 3, ((1, "a"), (2,)))
+    assert namespace["parse_command_line"](["--img-size", "48", "40"]).img_size == (48, 40)
 
 
 def test_no_split_to_report_is_one_line(capsys):

@@ -214,6 +214,30 @@ def test_a_constant_that_is_added_counts_upstream_where_it_is_read_there(name, t
     assert fingerprint(unread) == fingerprint(unread_other)
 
 
+def test_an_option_that_the_code_would_not_hear_is_refused(tmp_path, capsys):
+    """HUE is read by its own name there, and stays what it is whatever the option says."""
+    for name, refused in (("HUE", True), ("cfg.hue", False)):
+        module = load(with_hue(SOURCE, name), tmp_path)
+        module.parse_command_line(["--hue", "0.2"])
+        if refused:
+            with pytest.raises(SystemExit):
+                module.parse_command_line(["--hue", "0.4"])
+            assert "read cfg.hue" in capsys.readouterr().err
+        else:
+            assert module.parse_command_line(["--hue", "0.4"]).hue == 0.4
+
+
+def test_a_layer_counts_upstream_whatever_room_its_class_stands_in(tmp_path):
+    start = SOURCE.index("class Heads(")
+    digests = []
+    for factor in (1, 3):
+        layer = f"class Extra(nn.Module):\n    def forward(self, x):\n        return x * {factor}\n\n\n"
+        module = load(SOURCE[:start] + layer + SOURCE[start:], tmp_path)
+        cfg = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, img_size=(40, 40), crop=0)
+        digests.append(module.FrozenLayers(torch.nn.Sequential(module.Extra()), cfg).digest)
+    assert digests[0] != digests[1]
+
+
 def test_what_stands_beside_the_constants_and_is_none_counts(original, tmp_path):
     """A table, say, which make_transforms reads."""
     sources = [SOURCE.replace("# Model\n", f"JITTER = {{'hue': {hue}}}\n\n# Model\n", 1).replace("hue=0.2", "**JITTER")

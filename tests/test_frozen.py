@@ -1,6 +1,7 @@
 """What stands still is computed once, as the model would, and a pass that was cut short goes on to the same bits."""
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ONE_EPOCH, Killed, activations, call, checkpoints, draw, is_one_line, real, same, settings
@@ -53,6 +55,20 @@ def outputs_of(layers, files, views, cfg):
 
 
 # What is computed
+
+
+def test_views_that_numpy_and_python_draw_are_the_same_in_workers(options, own_images, monkeypatch):
+    """As augmentations do that somebody adds."""
+    def noisy(image):
+        return np.asarray(image) // 2 + np.random.randint(0, 100, (40, 40, 3), np.uint8) + random.randrange(20)
+
+    make, passes = program.make_transforms, []
+    monkeypatch.setattr(program, "make_transforms", lambda cfg: make(cfg)._replace(augment=noisy))
+    for workers in (0, 2):
+        cfg = settings(options, "--no-amp", "--num-workers", workers)
+        layers = program.FrozenLayers(nn.Sequential(), cfg)
+        passes.append(outputs_of(layers, files_of(own_images / "train"), 2, cfg))
+    assert torch.equal(*passes) and not torch.equal(passes[0][:, 0], passes[0][:, 1])
 
 
 @pytest.mark.parametrize("amp, tolerance", [("--no-amp", 1e-4), ("--amp", 0.15)])  # the latter: random weights
@@ -265,6 +281,13 @@ def test_a_whole_file_that_lost_its_tail_is_mended(size, cfg, outputs, tmp_path)
     os.truncate(path, size)
     assert same(program.compute_once("a" * 64, 300, batches_of(outputs), cfg), outputs)
     assert same(program.compute_once("a" * 64, 300, never, cfg), outputs)
+
+
+def test_a_damaged_note_begins_the_pass_anew(cfg, outputs, tmp_path):
+    program.compute_once("a" * 64, 300, batches_of(outputs), cfg)
+    note, log = tmp_path / "runs" / "activations" / f"{'a' * 32}.json", []
+    note.write_text("")
+    assert same(program.compute_once("a" * 64, 300, batches_of(outputs, log), cfg), outputs) and log == [0]
 
 
 def test_a_disk_too_small_is_one_line_before_the_pass(small_network, options, tmp_path, monkeypatch, capsys):

@@ -277,8 +277,21 @@ def test_an_interrupted_run_leaves_no_data_either(find, own_images, tmp_path):
     folder = own_images / "train"
     (folder / "runs" / "activations").mkdir(parents=True)
     (folder / "runs" / "activations" / f"{0:032x}.bin").write_bytes(b"0" * 99)
-    (folder / "runs" / ".t.lock").touch()
+    (folder / "runs" / "activations" / ".images.lock").touch()
     assert find(folder).folders == NAMES
+
+
+@pytest.mark.parametrize("name", ["growth_history.csv", ".sync.lock", "x.lock"])
+def test_a_class_that_holds_a_file_of_another_program_is_none_of_a_run(name, find, own_images):
+    (own_images / "train" / "red" / name).touch()
+    assert classes(find(own_images)) == {"blue": 6, "red": 6, "yellow": 6}
+
+
+def test_a_damaged_note_of_readable_files_is_written_anew(trained, tmp_path):
+    note, = (tmp_path / "runs" / "activations").glob("readable_*.json")
+    before = note.read_text()
+    note.write_text("[")
+    assert call(trained) == 0 and note.read_text() == before
 
 
 @pytest.mark.parametrize("target", [".", "..", "../.."])
@@ -523,7 +536,7 @@ def test_a_folder_that_may_not_be_read(options, own_images, monkeypatch, capsys)
 
 
 def test_images_that_are_too_few_to_draw_from(options, tmp_path, capsys):
-    refuse([*options, "--data-dir", draw_classes(tmp_path / "few", 1)], capsys, "VAL_FRACTION")
+    refuse([*options, "--data-dir", draw_classes(tmp_path / "few", 1)], capsys, "too few readable images")
 
 
 # Flowers-102

@@ -194,6 +194,21 @@ def test_a_checkpoint_of_other_code_is_said_to_be_one(finished, runs, images, mo
         assert (f"code of {name}" in printed.err) is told and len(answers(printed.out)) == 3
 
 
+def test_a_checkpoint_of_another_model_is_one_line(finished, runs, images, capsys):
+    """Somebody has trained an edited head, and has put the program back."""
+    state = torch.load(runs / "t_best.pth", weights_only=True)
+    state["model"]["classifier.2.weight"] = state["model"].pop("classifier.1.weight")
+    torch.save(state, images / "edited.pth")
+    assert call([*finished, "--predict", images / "a.png", "--checkpoint", images / "edited.pth"]) == 2
+    assert is_one_line(capsys.readouterr().err, "checkpoint", "does not fit", "classifier")
+
+
+def test_a_folder_without_any_file_is_one_line(finished, images, capsys):
+    (images / "empty" / ".hidden").mkdir(parents=True)
+    assert call([*finished, "--predict", images / "empty"]) == 2
+    assert is_one_line(capsys.readouterr().err, "no images", str(images / "empty"))
+
+
 def test_a_prediction_that_is_stopped_promises_no_epochs(finished, images, monkeypatch, capsys):
     def stop(*_args, **_kw):
         raise KeyboardInterrupt
