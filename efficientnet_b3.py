@@ -1294,8 +1294,9 @@ def parse_command_line(argv):
     parser.add_argument("--predict", nargs="+", default=(), metavar="PATH", help="name what images or folders show")
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="for --predict: another one than the best")
     comments = dict(re.findall(r"^([A-Z_0-9]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
-    for name, value in (CONSTANTS | (DEMO if "--demo" in argv else {})).items():
-        value, several = plain(value), isinstance(plain(value), tuple)
+    constants = CONSTANTS | (DEMO if "--demo" in argv else {})
+    for name, value in ((name, plain(value)) for name, value in constants.items()):
+        several = isinstance(value, tuple)
         kind, shown = type((*value, "")[0] if several else value), " ".join(map(str, value)) if several else value
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__.upper(),
