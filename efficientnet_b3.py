@@ -1184,7 +1184,7 @@ def predict(cfg):
     work = partial(attempt, partial(batch_of_views, num_views=0, layers=layers if on_cpu else None, cfg=cfg))
     for path, (batch, reason) in zip(paths, map_batches(work, list(enumerate(paths)), cfg, 1)):
         if reason:
-            print(f"cannot read {reason}", file=sys.stderr)
+            print("cannot read", reason.replace("\n", " "), file=sys.stderr)
             failed = 1
             continue
         features = torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))

@@ -120,12 +120,13 @@ def test_a_file_that_is_named_is_read_whatever_its_ending(finished, images, caps
 def test_names_that_no_encoding_has(finished, images, capsys):
     folder = os.fsencode(images)
     os.rename(images / "a.png", os.path.join(folder, b"\xff.png"))
-    with open(os.path.join(folder, b"\xfe.png"), "wb") as file:
-        file.write(b"not an image")
+    for name in (b"\xfe.png", b"line\nbreak.png"):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(b"not an image")
     assert call([*finished, "--predict", images]) == 1
     printed = capsys.readouterr()
     printed.out.encode()
-    assert len(answers(printed.out)) == 3 and printed.err.count("\n") == 1
+    assert len(answers(printed.out)) == 3 and printed.err.count("\n") == 2
 
 
 @pytest.mark.parametrize("content", [np.full((9, 9), 30000, np.uint16), np.zeros((1, 1), np.uint8),
