@@ -1299,34 +1299,44 @@ def parse_command_line(argv):
         several = isinstance(value, tuple)
         kind, shown = type((*value, "")[0] if several else value), " ".join(map(str, value)) if several else value
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__.upper(),
+            "type": {str: os.path.expanduser, int: number}.get(kind, kind), "metavar": kind.__name__.upper(),
             "nargs": "+" if several else None}
         parser.add_argument("--" + name.replace("_", "-"), default=value, **how,
                             help=f"{comments.get(name.upper(), '')} (default: {shown})".replace("%", "%%"))
     cfg = parser.parse_args(argv)
     vars(cfg).update({name: plain(value) for name, value in vars(cfg).items()})
+    if broken := broken_rules(cfg):
+        parser.error("; ".join(broken))
+    return cfg
+
+
+def broken_rules(cfg):
+    """What is wrong with the values of a configuration, in words."""
     rules = {
-        "IMG_SIZE must be two numbers from 32": np.size(cfg.img_size) == 2 and min(cfg.img_size) >= 32,
+        "IMG_SIZE must be two whole numbers from 32": np.size(cfg.img_size) == 2 and all(
+            isinstance(side, int) and side >= 32 for side in cfg.img_size),
         "TRAIN_SPLITS must be train, or train val": set(cfg.train_splits) in ({"train"}, {"train", "val"}),
         "EVAL_SPLITS must be val, test or both": set(cfg.eval_splits) in ({"val"}, {"test"}, {"val", "test"}),
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
         "RUN_NAME must be a file name": (cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip(".")
                                          and len(os.fsencode(cfg.run_name)) < 200),
+        "VIEWS, FOLDS, BATCH_SIZE, SEED and what counts epochs, blocks or workers must be whole numbers": all(
+            isinstance(value, int) for value in (
+                cfg.views, cfg.folds, cfg.batch_size, cfg.seed, cfg.epochs_stage1, cfg.epochs_stage2,
+                cfg.refitted_epochs, cfg.unfreeze_last_blocks, cfg.num_workers)),
         "UNFREEZE_LAST_BLOCKS must be from 0 to 9": 0 <= cfg.unfreeze_last_blocks <= 9,
         "CROP must be from 0 to 1": 0 <= cfg.crop <= 1,
         "SHRINKAGE and VAL_FRACTION must be above 0, at most 1": all(
             0 < share <= 1 for share in (cfg.shrinkage, cfg.val_fraction)),
         "VIEWS and BATCH_SIZE must be at least 1, FOLDS 2": min(cfg.views, cfg.batch_size, cfg.folds - 1) >= 1,
-        "epochs, learning rates, their factors and SEED must be from 0 to 2^63": all(0 <= number < 2**63 for number in (
+        "epochs, learning rates, their factors and SEED must be from 0 to 2^63": all(0 <= value < 2**63 for value in (
             cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage1, cfg.lr_stage2, cfg.blocks_lr_factor, cfg.layer_decay,
             cfg.seed)),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
     rules |= {f"{name.upper()} is read by that name in the code, so it is no option: edit it, or read cfg.{name}":
               getattr(cfg, name) == plain(value) or not re.search(rf"\b{name.upper()}\b", str(source and code_of()))
               for name, value in CONSTANTS.items()}
-    if broken := [rule for rule, kept in rules.items() if not kept]:
-        parser.error("; ".join(broken))
-    return cfg
+    return [rule for rule, kept in rules.items() if not kept]
 
 
 def choose_device(cfg):
@@ -1392,6 +1402,11 @@ def main(argv=()):
 
 print_once = cache(print)
 progress = partial(tqdm, disable=None, leave=False)  # a bar, where somebody watches
+
+
+def number(text):
+    """The value of an option whose constant is a whole number, as somebody may have written 0 for 0.0."""
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
 
 
 def plain(value):

@@ -28,7 +28,8 @@ SOURCE = Path(program.__file__).read_text("utf-8")
 # options and what the message must say
 ROWS = [
     (["--img-size", "300"], "IMG_SIZE"), (["--img-size", "8", "8"], "IMG_SIZE"),
-    (["--img-size", "a", "b"], "--img-size"), (["--views", "0"], "VIEWS"), (["--views", "1.5"], "--views"),
+    (["--img-size", "a", "b"], "--img-size"), (["--views", "0"], "VIEWS"), (["--views", "1.5"], "VIEWS"),
+    (["--batch-size", "8.0"], "BATCH_SIZE"),
     (["--train-splits", "val"], "TRAIN_SPLITS"), (["--train-splits", "test"], "TRAIN_SPLITS"),
     (["--eval-splits", "train"], "EVAL_SPLITS"), (["--num-workers", "many"], "--num-workers"),
     (["--unfreeze-last-blocks", "-1"], "UNFREEZE_LAST_BLOCKS"),
@@ -140,6 +141,17 @@ def test_constants_that_numpy_has_computed_are_plain_ones():
     assert [type(value) for value in (cfg.lr_stage2, *cfg.img_size, cfg.views)] == [float, int, int, int]
     assert (cfg.lr_stage2, cfg.img_size, cfg.views, cfg.pairs) == (2e-4, (64, 32), 3, ((1, "a"), (2,)))
     assert namespace["parse_command_line"](["--img-size", "48", "40"]).img_size == (48, 40)
+
+
+def test_a_whole_number_in_place_of_a_fraction_is_still_one(capsys):
+    namespace = {"__name__": "edited"}
+    exec(compile(with_constants(CROP=0, KEEP_GB=10, VIEWS=8), "<edited>", "exec"), namespace)
+    cfg = namespace["parse_command_line"](["--crop", "0.5", "--keep-gb", "2.5", "--views", "4"])
+    assert (cfg.crop, cfg.keep_gb, cfg.views) == (0.5, 2.5, 4) and isinstance(cfg.views, int)
+    exec(compile(with_constants(EPOCHS_STAGE1=1e1), "<edited>", "exec"), namespace)
+    with pytest.raises(SystemExit):
+        namespace["parse_command_line"]([])
+    assert is_one_line(capsys.readouterr().err, "epochs", "whole")
 
 
 def test_no_split_to_report_is_one_line(capsys):
