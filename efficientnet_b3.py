@@ -1170,14 +1170,14 @@ def predict(cfg):
         paths += files if path.is_file() else only_images(files, set(files), sys.stderr)
     if not paths:
         raise UserError(f"no images in {listing(cfg.predict)}")
-    state = load_checkpoint(Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth"),
-                            ("model", "config", "class_names"), of_config=("img_size", "crop"))
+    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth")
+    state = load_checkpoint(checkpoint, ("model", "config", "class_names"), of_config=("img_size", "crop"))
     config, names = state["config"], state["class_names"]
     cfg.img_size, cfg.crop = config["img_size"], config["crop"]
     code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=NOT_FROZEN).items()}
     if changed := [key for key in code if config.get(key) != code[key]]:
         print(f"note: this checkpoint was trained with another {listing(changed)}", file=sys.stderr)
-    with explained("the checkpoint does not fit the model of this program", RuntimeError):
+    with explained(f"{checkpoint} does not fit the model of this program", RuntimeError):
         model = build_model(len(names), state["model"])
     layers = FrozenLayers(split_model(model, 0)[0], cfg)
     on_cpu = cfg.device.type == "cpu"
@@ -1310,6 +1310,17 @@ def parse_command_line(argv):
     return cfg
 
 
+def number(text):
+    """The value of an option whose constant is a whole number, as somebody may have written 0 for 0.0."""
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+
+
+def plain(value):
+    """A value as plain Python, lists as tuples: a checkpoint may hold no NumPy."""
+    value = value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+    return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
+
+
 def broken_rules(cfg):
     """What is wrong with the values of a configuration, in words."""
     rules = {
@@ -1402,17 +1413,6 @@ def main(argv=()):
 
 print_once = cache(print)
 progress = partial(tqdm, disable=None, leave=False)  # a bar, where somebody watches
-
-
-def number(text):
-    """The value of an option whose constant is a whole number, as somebody may have written 0 for 0.0."""
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
-
-
-def plain(value):
-    """A value as plain Python, lists as tuples: a checkpoint may hold no NumPy."""
-    value = value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
-    return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def wait_for(lock):

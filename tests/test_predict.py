@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_model_is_one_line(finished, runs, images, capsy
     state["model"]["classifier.2.weight"] = state["model"].pop("classifier.1.weight")
     torch.save(state, images / "edited.pth")
     assert call([*finished, "--predict", images / "a.png", "--checkpoint", images / "edited.pth"]) == 2
-    assert is_one_line(capsys.readouterr().err, "checkpoint", "does not fit", "classifier")
+    assert is_one_line(capsys.readouterr().err, "edited.pth does not fit", "classifier")
 
 
 def test_a_folder_without_any_file_is_one_line(finished, images, capsys):
