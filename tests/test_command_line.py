@@ -143,17 +143,6 @@ def test_constants_that_numpy_has_computed_are_plain_ones():
     assert namespace["parse_command_line"](["--img-size", "48", "40"]).img_size == (48, 40)
 
 
-def test_a_whole_number_in_place_of_a_fraction_is_still_one(capsys):
-    namespace = {"__name__": "edited"}
-    exec(compile(with_constants(CROP=0, KEEP_GB=10, VIEWS=8), "<edited>", "exec"), namespace)
-    cfg = namespace["parse_command_line"](["--crop", "0.5", "--keep-gb", "2.5", "--views", "4"])
-    assert (cfg.crop, cfg.keep_gb, cfg.views) == (0.5, 2.5, 4) and isinstance(cfg.views, int)
-    exec(compile(with_constants(EPOCHS_STAGE1=1e1), "<edited>", "exec"), namespace)
-    with pytest.raises(SystemExit):
-        namespace["parse_command_line"]([])
-    assert is_one_line(capsys.readouterr().err, "epochs", "whole")
-
-
 def test_no_split_to_report_is_one_line(capsys):
     namespace = {"__name__": "edited"}
     exec(compile(with_constants(EVAL_SPLITS=()), "<edited>", "exec"), namespace)

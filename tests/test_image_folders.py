@@ -287,13 +287,6 @@ def test_a_class_that_holds_a_file_of_another_program_is_none_of_a_run(name, fin
     assert classes(find(own_images)) == {"blue": 6, "red": 6, "yellow": 6}
 
 
-def test_a_damaged_note_of_readable_files_is_written_anew(trained, tmp_path):
-    note, = (tmp_path / "runs" / "activations").glob("readable_*.json")
-    before = note.read_text()
-    note.write_text("[")
-    assert call(trained) == 0 and note.read_text() == before
-
-
 @pytest.mark.parametrize("target", [".", "..", "../.."])
 def test_links_upwards_are_not_entered(target, find, own_images):
     for name in NAMES:
