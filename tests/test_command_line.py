@@ -28,8 +28,8 @@ SOURCE = Path(program.__file__).read_text("utf-8")
 # options and what the message must say
 ROWS = [
     (["--img-size", "300"], "IMG_SIZE"), (["--img-size", "8", "8"], "IMG_SIZE"),
-    (["--img-size", "a", "b"], "--img-size"), (["--views", "0"], "VIEWS"), (["--views", "1.5"], "VIEWS"),
-    (["--batch-size", "8.0"], "BATCH_SIZE"),
+    (["--img-size", "a", "b"], "--img-size"), (["--views", "0"], "VIEWS"), (["--views", "1.5"], "--views"),
+    (["--batch-size", "8.0"], "--batch-size"),
     (["--train-splits", "val"], "TRAIN_SPLITS"), (["--train-splits", "test"], "TRAIN_SPLITS"),
     (["--eval-splits", "train"], "EVAL_SPLITS"), (["--num-workers", "many"], "--num-workers"),
     (["--unfreeze-last-blocks", "-1"], "UNFREEZE_LAST_BLOCKS"),
@@ -134,12 +134,12 @@ def test_constants_that_numpy_has_computed_are_plain_ones():
     namespace = {"__name__": "edited"}
     source = SOURCE.replace("LR_STAGE2 = 1e-4", "LR_STAGE2 = 1e-4 * np.sqrt(4)")
     source = source.replace("IMG_SIZE = (300, 300)", "IMG_SIZE = np.array([64, 32])")
-    source = source.replace("VIEWS = 8", "VIEWS = np.int64(3)")
+    source = source.replace("BATCH_SIZE = 32", "BATCH_SIZE = np.int64(3)")
     source = source.replace("# Model\n", "PAIRS = ((1, 'a'), (2,))\n\n# Model\n")  # is left as it is
     exec(compile(source, "<edited>", "exec"), namespace)
     cfg = namespace["parse_command_line"]([])
-    assert [type(value) for value in (cfg.lr_stage2, *cfg.img_size, cfg.views)] == [float, int, int, int]
-    assert (cfg.lr_stage2, cfg.img_size, cfg.views, cfg.pairs) == (2e-4, (64, 32), 3, ((1, "a"), (2,)))
+    assert [type(value) for value in (cfg.lr_stage2, *cfg.img_size, cfg.batch_size)] == [float, int, int, int]
+    assert (cfg.lr_stage2, cfg.img_size, cfg.batch_size, cfg.pairs) == (2e-4, (64, 32), 3, ((1, "a"), (2,)))
     assert namespace["parse_command_line"](["--img-size", "48", "40"]).img_size == (48, 40)
 
 

@@ -31,7 +31,7 @@ def test_crops_are_those_of_torchvisions_preset(options, tmp_path):
     crop = transforms.augment.transforms[0]
     assert isinstance(crop, v2.RandomResizedCrop) and tuple(crop.scale) == (0.5, 1) and tuple(crop.size) == (300, 300)
     draw(tmp_path / "wide.png", (9, 9, 9), 0, (320, 600))
-    assert program.load_views(tmp_path / "wide.png", 0, 2, cfg).shape == (2, 300, 300, 3)
+    assert program.load_views(tmp_path / "wide.png", 0, 2, cfg).shape == (3, 300, 300, 3)
     assert program.load_views(tmp_path / "wide.png", 0, 0, cfg).shape == (1, 300, 300, 3)
 
 
@@ -40,23 +40,24 @@ def test_a_view_depends_on_seed_view_and_image_alone(options, tmp_path):
     views = program.load_views(path, 7, 3, cfg)
     torch.manual_seed(99)
     torch.rand(5)
-    assert np.array_equal(program.load_views(path, 7, 2, cfg), views[:2])
-    others = [views[0], views[1], views[2], program.load_views(path, 8, 1, cfg)[0],
-              program.load_views(path, 7, 1, settings(options, "--seed", "1"))[0]]
-    assert views.dtype == np.uint8 and len({image.tobytes() for image in others}) == 5
+    assert np.array_equal(program.load_views(path, 7, 2, cfg), views[:3])
+    others = [*views, program.load_views(path, 8, 1, cfg)[1],
+              program.load_views(path, 7, 1, settings(options, "--seed", "1"))[1]]
+    assert views.dtype == np.uint8 and len({image.tobytes() for image in others}) == 6
 
 
-def test_without_views_an_image_is_resized_and_nothing_else(options, tmp_path):
+@pytest.mark.parametrize("num_views", [0, 3])
+def test_view_0_is_resized_and_nothing_else(num_views, options, tmp_path):
     path = draw(tmp_path / "a.png", (90, 140, 60), 0)
     expected = v2.Resize((36, 56))(Image.open(path))
-    image = program.load_views(path, 0, 0, settings(options, "--img-size", "36", "56"))
-    assert image.shape == (1, 36, 56, 3) and np.array_equal(image[0], np.asarray(expected))
+    images = program.load_views(path, 0, num_views, settings(options, "--img-size", "36", "56"))
+    assert images.shape == (1 + num_views, 36, 56, 3) and np.array_equal(images[0], np.asarray(expected))
 
 
 def test_a_file_is_decoded_once_for_all_its_views(options, tmp_path, monkeypatch):
     decoded, load = [], program.load_image
     monkeypatch.setattr(program, "load_image", lambda path: decoded.append(path) or load(path))
-    assert len(program.load_views(draw(tmp_path / "a.png", (90, 140, 60), 0), 0, 5, settings(options))) == 5
+    assert len(program.load_views(draw(tmp_path / "a.png", (90, 140, 60), 0), 0, 5, settings(options))) == 6
     assert len(decoded) == 1
 
 

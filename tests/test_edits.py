@@ -306,7 +306,7 @@ def test_an_edit_of_the_decoding_computes_activations_anew(again, runs, capsys):
 
 def test_an_edited_view_is_seen_by_the_training(again, runs):
     """What is trained on is what the edited function makes, not only another name for the old."""
-    grey = "return np.full((max(1, num_views), *cfg.img_size, 3), 128, np.uint8)"
+    grey = "return np.full((1 + num_views, *cfg.img_size, 3), 128, np.uint8)"
     assert again(edit_of(SOURCE, "load_views", grey)) == 0
     for row in history_of(runs):  # no image differs from another
         assert row["val_loss"] == pytest.approx(math.log(3), abs=0.01)

@@ -28,6 +28,15 @@ def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, tmp_
                                                               (2, "refit")]
 
 
+def test_epochs_take_the_augmented_views_in_turn_and_never_the_plain_one(options):
+    cfg, labels = settings(options, "--no-amp"), torch.arange(3).repeat(4)
+    heads, blocks = program.Heads(torch.nn.Linear(5, 3), labels, cfg), torch.nn.Sequential()
+    optimizer, scaler = torch.optim.Adam(heads.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    views = torch.arange(4.0)[:, None].expand(12, 4, 5)  # all features of a view are its number
+    seen = [program.train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg) for epoch in range(1, 6)]
+    assert [features.unique().tolist() for features in seen] == [[1], [2], [3], [1], [2]]
+
+
 def test_each_block_has_the_rate_of_its_place(options, tmp_path):
     rates = ["--lr-stage2", "1e-4", "--blocks-lr-factor", "8", "--layer-decay", "0.5", "--unfreeze-last-blocks", "3"]
     assert call([*options, *rates, "--no-refit-head", "--epochs-stage1", "0", "--epochs-stage2", "1"]) == 0
@@ -61,7 +70,7 @@ def test_epoch_0_is_the_head_in_closed_form_before_any_gradient(options, tmp_pat
     torch.testing.assert_close(heads.weight[-1], model.classifier[1].weight, rtol=1e-2, atol=1e-3)
     right = model.classifier[1](features["val"][:, 0]).argmax(1) == labels_of(tables["val"])
     assert row["val_acc"] == pytest.approx(right.float().mean().item())
-    logits = heads.logits_of_one_view(features["train"], heads.unseen_by)
+    logits = heads.logits(features["train"][:, 0], heads.unseen_by)
     assert row["train_acc"] == pytest.approx((logits.argmax(1) == labels_of(tables["train"])).float().mean().item())
 
 
@@ -76,7 +85,7 @@ def test_the_row_of_the_refit_tells_of_one_model_in_both_its_figures(options, tm
     features, labels = features_of(model, tables, cfg), labels_of(tables["train"])
     heads = program.Heads(model.classifier[1], labels, cfg)
     heads.load_state_dict(last["trainer"]["heads"])
-    logits = heads.logits_of_one_view(features["train"], heads.unseen_by)
+    logits = heads.logits(features["train"][:, 0], heads.unseen_by)
     assert row["train_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
     assert row["train_acc"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     logits, labels = model.classifier[1](features["val"][:, 0]), labels_of(tables["val"])
@@ -198,7 +207,7 @@ def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, 
     monkeypatch.setattr(program.Heads, "fit_closed_form", keep)
     call(options)
     call([*options, "--no-refit-head", "--out-dir", tmp_path / "trained"])
-    assert [shape[:2] for shape, _ in solved[:3]] == [(18, 2), (18, 1), (18, 2)]
+    assert [shape[:2] for shape, _ in solved[:3]] == [(18, 3), (18, 2), (18, 3)]
     mean, trained = (checkpoint(tmp_path / folder, "last")["trainer"]["heads"] for folder in ("runs", "trained"))
     for key in ("weight", "bias"):
         after_epoch = (trained[key] + solved[1][1][key]) / 2
