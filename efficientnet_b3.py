@@ -111,7 +111,7 @@ BLOCKS_LR_FACTOR = 10.0  # the last block's learning rate is this times LR_STAGE
 LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the block after it
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
-REFIT_HEAD = True  # after each epoch of stage 2, and at the end, the model gets the mean of its head and lda's ...
+REFIT_HEAD = True  # after each epoch of stage 2 the model gets the mean of its head and of lda's ...
 REFITTED_EPOCHS = 5  # ... from which, after so many first epochs of the stage, the training goes on
 
 # Run
@@ -327,14 +327,6 @@ def train(model, blocks, activations, run, cfg):
     # Stage 2. The last blocks learn as well.
     epochs = range(cfg.epochs_stage1 + 1, cfg.epochs_stage1 + cfg.epochs_stage2 + 1)
     train_stage(2, epochs, cfg.lr_stage2, model, blocks, heads, activations, run, cfg)
-
-    # The last refit has all views of the fine-tuned features.
-    if cfg.refit_head and len(epochs) and len(blocks) and run["history"][-1]["epoch"] != "refit":
-        start = time.perf_counter()
-        features = {split: pooled_features(part, blocks, cfg) for split, part in activations.items()}
-        heads = heads.refit(features["train"].tensor, cfg.shrinkage)
-        row = {"stage": 2, "epoch": "refit", "lr_head": 0.0, "lr_blocks": 0.0}
-        end_epoch(row, start, features["train"].tensor, heads, model, no_blocks, {"heads": heads}, features, run, cfg)
 
 
 def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
@@ -985,7 +977,7 @@ def report(model, blocks, activations, data, run, cfg):
                 features = pooled_features(part, blocks, cfg)  # mostly known from the training
                 probabilities = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg).softmax(1)
                 epoch = side["history"][-1]["epoch"]
-                sides[f"{title} ({'' if epoch == 'refit' else 'epoch '}{epoch})"] = probabilities
+                sides[f"{title} (epoch {epoch})"] = probabilities
         shown = list(sides.values())[-1 if tuned is run["best"] else 0]
         model.load_state_dict(run["best"]["model"])  # its mistakes are shown
         metrics[split], text, f1 = compare(split, sides, shown, part.labels, short)
@@ -1112,7 +1104,7 @@ def write_history(run, cfg, at_once=False):
         axes.axvline(cfg.epochs_stage1 + 0.5, color="0.35", ls="--", lw=1.2)
         axes.set_title("stage 1: head (epoch 0: before any gradient)", loc="left", size=10, color="0.35")
         axes.set_title("stage 2: fine-tuning", loc="right", size=10, color="0.35")
-        axes.set(xlim=(-0.5, cfg.epochs_stage1 + cfg.epochs_stage2 + 1.5), xlabel="Epoch", ylabel=label)
+        axes.set(xlim=(-0.5, cfg.epochs_stage1 + cfg.epochs_stage2 + 0.5), xlabel="Epoch", ylabel=label)
         axes.set_xticks(range(len(table)), table.epoch, rotation=90 if len(table) > 20 else 0)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)

@@ -35,7 +35,7 @@ RECIPES = {
     DEFAULT: ("+ cross-fitting", []),
     "- training from refitted heads": (DEFAULT, ["--refitted-epochs", "0"]),
 }
-CURVE = ["epoch 0", "stage 1", "first of stage 2", "before refit", "end", "best"]  # validation accuracies of a run
+CURVE = ["epoch 0", "stage 1", "first of stage 2", "end", "best"]  # validation accuracies of a run
 
 
 def find_halves(cfg, find_images=program.find_images):
@@ -59,11 +59,10 @@ def run(options, seed, folder):
         sys.exit(f"seed {seed}, {' '.join(options)}: the program ended with code {code}")
     for old in folder.glob(f"{name}_old*"):
         shutil.rmtree(old)
-    history = pd.read_csv(folder / f"{name}_history.csv", dtype={"epoch": str})
+    history = pd.read_csv(folder / f"{name}_history.csv")
     accuracy = 100 * history.val_acc
-    tuned = accuracy[(history.stage == 2) & (history.epoch != "refit")]
-    return dict(zip(CURVE, (accuracy[0], accuracy[history.stage == 1].iloc[-1], tuned[:1].mean(), tuned[-1:].mean(),
-                            accuracy.iloc[-1], accuracy.max())))
+    return dict(zip(CURVE, (accuracy[0], accuracy[history.stage == 1].iloc[-1],
+                            accuracy[history.stage == 2][:1].mean(), accuracy.iloc[-1], accuracy.max())))
 
 
 def table(rows):

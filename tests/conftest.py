@@ -299,9 +299,8 @@ def start(*options, script=program.__file__, **environment):
 
 
 def history_of(folder):
-    """The rows of the history of the run `t`, as numbers, but for the epoch of the refit."""
-    rows = pd.read_csv(folder / "t_history.csv", dtype={"epoch": str}).to_dict("records")
-    return [row | {"epoch": int(row["epoch"]) if row["epoch"].isdigit() else row["epoch"]} for row in rows]
+    """The rows of the history of the run `t`."""
+    return pd.read_csv(folder / "t_history.csv").to_dict("records")
 
 
 def figures_of(folder, split="val"):

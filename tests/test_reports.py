@@ -71,7 +71,7 @@ def test_a_run_leaves_plain_models_that_do_what_the_report_says(finished):
     """The best one and the frozen one, by torchvision alone."""
     folder = folder_of(finished)
     last, rows = torch.load(folder / "t_last.pth", weights_only=True), pd.read_csv(folder / "t_predictions.csv")
-    assert len(last["history"]) == 6 and last["class_names"] == ["blue", "red", "yellow"]
+    assert len(last["history"]) == 5 and last["class_names"] == ["blue", "red", "yellow"]
     assert len(rows) == 15 and rows["split"].tolist() == ["val"] * 9 + ["test"] * 6
     cfg = settings(finished)
     tables = program.find_images(cfg).tables
@@ -103,10 +103,10 @@ def test_a_run_leaves_plain_models_that_do_what_the_report_says(finished):
         folder / "t_best.pth", weights_only=True)["history"][-1]["epoch"]
 
 
-def test_the_history_has_both_rates_epoch_0_and_the_refit(finished):
+def test_the_history_has_both_rates_and_epoch_0(finished):
     rows = history_of(folder_of(finished))
     assert list(rows[0]) == "stage epoch lr_head lr_blocks train_loss train_acc val_loss val_acc seconds".split()
-    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), (2, 3), (2, 4), (2, "refit")]
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), (2, 3), (2, 4)]
 
 
 def test_the_terminal_tells_the_story_and_ends_on_the_tests_comparison(finished):
@@ -118,8 +118,7 @@ def test_the_terminal_tells_the_story_and_ends_on_the_tests_comparison(finished)
     assert places == sorted(places)
     table = printed[printed.index("stage epoch"):].splitlines()
     assert not [line for line in table if len(line) > 80]  # the width of a terminal
-    assert [line.split()[:2] for line in table[1:7]] == [["1", "0"], ["1", "1"], ["1", "2"], ["2", "3"], ["2", "4"],
-                                                         ["2", "refit"]]
+    assert [line.split()[:2] for line in table[1:6]] == [["1", "0"], ["1", "1"], ["1", "2"], ["2", "3"], ["2", "4"]]
     assert (folder.parent / "stderr.txt").read_text() == ""
 
 
@@ -135,7 +134,7 @@ def test_the_comparison_against_figures_by_hand():
     labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
     before = probabilities_of([1, 1, 0, 0, 0, 0, 0, 1, 2, 2, 2, 0])
     after = probabilities_of([0, 0, 0, 0, 1, 1, 1, 1, 0, 2, 2, 0], 0.9)
-    figures, text, f1 = program.compare("val", {"frozen (epoch 3)": before, "fine-tuned (refit)": after}, after, labels,
+    figures, text, f1 = program.compare("val", {"frozen (epoch 3)": before, "fine-tuned (epoch 9)": after}, after, labels,
                                         ["a", "b", "c"])
     assert (figures["mended"], figures["spoilt"]) == (5, 1) and figures["mcnemar_p_value"] == pytest.approx(14 / 64)
     assert figures["frozen"]["accuracy"] == 0.5 and figures["fine_tuned"]["accuracy"] == pytest.approx(10 / 12)
@@ -176,12 +175,11 @@ def test_the_lines_of_the_comparison_fit_a_terminal():
     labels = torch.randint(0, 102, (6149,), generator=generator)
     names = [f"{number:03d} {'x' * 32}" for number in range(102)]
     before, after = (torch.randn(6149, 102, generator=generator).softmax(1) for _ in range(2))
-    for epoch in ("refit", "epoch 13"):
-        sides = {"frozen (epoch 8)": before, f"fine-tuned ({epoch})": after}
-        _, text, _ = program.compare("test", sides, after, labels, names)
-        assert not [line for line in text.splitlines() if len(line) > 80]
-        head = next(line for line in text.splitlines() if "difference" in line)
-        assert " frozen (epoch 8) " in head and f" fine-tuned ({epoch}) " in head and head.endswith(" difference")
+    sides = {"frozen (epoch 8)": before, "fine-tuned (epoch 13)": after}
+    _, text, _ = program.compare("test", sides, after, labels, names)
+    assert not [line for line in text.splitlines() if len(line) > 80]
+    head = next(line for line in text.splitlines() if "difference" in line)
+    assert " frozen (epoch 8) " in head and " fine-tuned (epoch 13) " in head and head.endswith(" difference")
 
 
 def test_the_report_compares_on_each_split(finished):
@@ -207,12 +205,12 @@ def test_the_report_compares_on_each_split(finished):
 
 def test_the_fine_tuned_side_is_a_row_of_stage_2_even_if_none_is_the_best(small_network, undrawn, options, tmp_path,
                                                                           monkeypatch, capsys):
-    told, scores = iter((0.9, 0.1, 0.1, 0.2)), program.scores
+    told, scores = iter((0.9, 0.1, 0.2)), program.scores
     monkeypatch.setattr(program, "scores", lambda split, *args: scores(split, *args) | (
         {"val_acc": next(told)} if split == "val" else {}))
     assert call([*options, "--epochs-stage1", "1", "--epochs-stage2", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "best epoch: 0" in printed and "fine-tuned (refit)" in printed and "frozen (epoch 0)" in printed
+    assert "best epoch: 0" in printed and "fine-tuned (epoch 2)" in printed and "frozen (epoch 0)" in printed
 
 
 def test_a_stage_that_fine_tunes_nothing_is_not_compared(trained_once):
@@ -319,7 +317,7 @@ def test_a_figure_says_what_its_training_curve_is(small_network, options, tmp_pa
     assert lines["validation"] == [0, 1]
 
 
-def test_the_refit_and_the_best_row_have_their_place_in_the_curves(small_network, options, tmp_path, monkeypatch):
+def test_all_rows_and_the_best_one_have_their_place_in_the_curves(small_network, options, tmp_path, monkeypatch):
     figures, write = {}, program.write_file
     monkeypatch.setattr(program, "write_file", lambda path, content, **how: (
         write(path, content, **how), figures.update({path.name: content})))
@@ -327,11 +325,11 @@ def test_the_refit_and_the_best_row_have_their_place_in_the_curves(small_network
     assert call(options) == 0
     axes = figures["t_acc.png"].axes[0]
     labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == ["0", "1", "2", "3", "4", "refit"]
+    assert labels == ["0", "1", "2", "3", "4"]
     lines = {line.get_label().split(":")[0]: line for line in axes.get_lines()}
     rows = history_of(tmp_path / "runs")
     assert list(lines["validation"].get_ydata()) == pytest.approx([100 * row["val_acc"] for row in rows])
-    best = max(range(6), key=lambda number: (rows[number]["val_acc"], -rows[number]["val_loss"]))
+    best = max(range(5), key=lambda number: (rows[number]["val_acc"], -rows[number]["val_loss"]))
     (x, y), = zip(np.atleast_1d(lines["best"].get_xdata()), np.atleast_1d(lines["best"].get_ydata()))
     assert (x, y) == pytest.approx((best, 100 * rows[best]["val_acc"]))
 

@@ -22,10 +22,9 @@ def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, tmp_
     assert call([*options, *rates, "--epochs-stage2", "5"]) == 0
     rows = history_of(tmp_path / "runs")
     stage2 = [1e-4 * (1 - epoch / 5) for epoch in range(5)]
-    assert [row["lr_head"] for row in rows] == pytest.approx([0, 1e-3, 5e-4, *stage2, 0])
-    assert [row["lr_blocks"] for row in rows] == pytest.approx([0, 0, 0, *(8 * rate for rate in stage2), 0])
-    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), *((2, e) for e in range(3, 8)),
-                                                              (2, "refit")]
+    assert [row["lr_head"] for row in rows] == pytest.approx([0, 1e-3, 5e-4, *stage2])
+    assert [row["lr_blocks"] for row in rows] == pytest.approx([0, 0, 0, *(8 * rate for rate in stage2)])
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), *((2, e) for e in range(3, 8))]
 
 
 def test_epochs_take_the_augmented_views_in_turn_and_never_the_plain_one(options):
@@ -74,13 +73,12 @@ def test_epoch_0_is_the_head_in_closed_form_before_any_gradient(options, tmp_pat
     assert row["train_acc"] == pytest.approx((logits.argmax(1) == labels_of(tables["train"])).float().mean().item())
 
 
-def test_the_row_of_the_refit_tells_of_one_model_in_both_its_figures(options, tmp_path):
+def test_a_row_of_stage_2_tells_of_one_model_in_both_its_figures(options, tmp_path):
     """Training figures by refitted heads that have not seen the image; validation figures of the same model."""
     options = [*options, "--no-amp"]
     assert call(options) == 0
     last = checkpoint(tmp_path / "runs", "last")
     row, cfg = last["history"][-1], settings(options)
-    assert (row["stage"], row["epoch"]) == (2, "refit") and [r["epoch"] for r in last["history"]].count("refit") == 1
     tables, model = program.find_images(cfg).tables, program.build_model(3, last["model"])
     features, labels = features_of(model, tables, cfg), labels_of(tables["train"])
     heads = program.Heads(model.classifier[1], labels, cfg)
@@ -92,7 +90,7 @@ def test_the_row_of_the_refit_tells_of_one_model_in_both_its_figures(options, tm
     assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
 
 
-def test_without_a_refit_or_blocks_that_train_there_is_no_such_row(options, tmp_path):
+def test_without_refits_or_blocks_that_train_there_are_all_epochs(options, tmp_path):
     for extra in (["--no-refit-head"], ["--unfreeze-last-blocks", "0"]):
         assert call([*options, *extra, "--epochs-stage2", "1"]) == 0
         assert [row["epoch"] for row in history_of(tmp_path / "runs")] == [0, 1, 2, 3]
@@ -106,15 +104,15 @@ def test_best_row_has_the_highest_accuracy_then_the_lowest_loss_then_is_the_firs
 
 def test_frozen_is_the_best_row_of_stage_1(options, tmp_path, monkeypatch):
     """The second of three rows of stage 1 has the highest accuracy, and all of stage 2 a higher one."""
-    told = iter((0.3, 0.5, 0.4, 0.6, 0.7, 0.6))
+    told = iter((0.3, 0.5, 0.4, 0.7, 0.6))
     scores = program.scores
     monkeypatch.setattr(program, "scores", lambda split, *args: scores(split, *args) | (
         {"val_acc": next(told)} if split == "val" else {}))
     assert call(options) == 0
     best, last, frozen = (checkpoint(tmp_path / "runs", name) for name in ("best", "last", "frozen"))
-    assert [row["val_acc"] for row in last["history"]] == [0.3, 0.5, 0.4, 0.6, 0.7, 0.6]
+    assert [row["val_acc"] for row in last["history"]] == [0.3, 0.5, 0.4, 0.7, 0.6]
     assert [row["epoch"] for row in frozen["history"]] == [0, 1] and frozen["best_accuracy"] == 0.5
-    assert [row["epoch"] for row in best["history"]] == [0, 1, 2, 3, 4] and best["best_accuracy"] == 0.7
+    assert [row["epoch"] for row in best["history"]] == [0, 1, 2, 3] and best["best_accuracy"] == 0.7
     model = small_efficientnet(3)
     model.load_state_dict(frozen["model"])  # in stage 1 nothing but the head has moved
     start = start_of(options)
@@ -196,7 +194,7 @@ def test_two_classes_and_a_single_image_of_one_work(options, own_images):
 
 
 def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, tmp_path, monkeypatch):
-    """One after the epoch, on its features, one at the end, on all views; a run without them trains the same heads."""
+    """On the features of the plain images and of the epoch's view; a run without it trains the same heads."""
     solved, solve = [], program.Heads.fit_closed_form
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "1"]
 
@@ -207,11 +205,10 @@ def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, 
     monkeypatch.setattr(program.Heads, "fit_closed_form", keep)
     call(options)
     call([*options, "--no-refit-head", "--out-dir", tmp_path / "trained"])
-    assert [shape[:2] for shape, _ in solved[:3]] == [(18, 3), (18, 2), (18, 3)]
+    assert [shape[:2] for shape, _ in solved[:2]] == [(18, 3), (18, 2)]
     mean, trained = (checkpoint(tmp_path / folder, "last")["trainer"]["heads"] for folder in ("runs", "trained"))
     for key in ("weight", "bias"):
-        after_epoch = (trained[key] + solved[1][1][key]) / 2
-        torch.testing.assert_close(mean[key], (after_epoch + solved[2][1][key]) / 2)
+        torch.testing.assert_close(mean[key], (trained[key] + solved[1][1][key]) / 2)
 
 
 def test_the_model_of_an_epoch_has_refitted_heads_and_the_training_may_go_on_without(options, tmp_path, monkeypatch):
@@ -230,11 +227,11 @@ def test_the_training_goes_on_from_the_refit_after_the_first_epochs(options, tmp
     monkeypatch.setattr(program, "report", lambda *_args: None)
     rows = {}
     for number in (0, 1, 2, 9):
-        call([*options, "--refitted-epochs", number, "--out-dir", tmp_path / str(number)])
+        call([*options, "--epochs-stage2", "3", "--refitted-epochs", number, "--out-dir", tmp_path / str(number)])
         rows[number] = [row["train_loss"] for row in history_of(tmp_path / str(number))[3:]]
-    first, second, refit = ([rows[number][place] for number in rows] for place in range(3))
+    first, second, third = ([rows[number][place] for number in rows] for place in range(3))
     assert len(set(first)) == 1 and second[0] != second[1] == second[2] == second[3]
-    assert len(set(refit)) == 3 and refit[2] == refit[3]
+    assert len(set(third)) == 3 and third[2] == third[3]
 
 
 # Runs that cannot go on
@@ -282,11 +279,11 @@ def test_all_labelled_images_train_and_the_last_row_is_best(everything, tmp_path
     assert "27 train, 6 test" in printed
     assert all(math.isnan(row["val_loss"]) and math.isnan(row["val_acc"]) for row in rows)
     last, best, frozen = (checkpoint(runs, name) for name in ("last", "best", "frozen"))
-    assert same(last["model"], best["model"]) and len(best["history"]) == len(rows) == 6
+    assert same(last["model"], best["model"]) and len(best["history"]) == len(rows) == 5
     assert [row["epoch"] for row in frozen["history"]] == [0, 1, 2] and not same(frozen["model"], best["model"])
     metrics = json.loads((runs / "t_metrics.json").read_text())
     assert metrics["splits"].keys() == {"test"} and metrics["splits"]["test"]["images"] == 6
-    assert metrics["best_epoch"] == "refit" and (runs / "t_report.txt").exists()
+    assert metrics["best_epoch"] == 4 and (runs / "t_report.txt").exists()
 
 
 def test_without_images_that_are_held_out_a_line_says_that_there_is_no_report(everything, own_images,
@@ -296,7 +293,7 @@ def test_without_images_that_are_held_out_a_line_says_that_there_is_no_report(ev
     printed = capsys.readouterr().out
     line, = [line for line in printed.splitlines() if "no report" in line]
     assert "test" in line and "27 train" in printed and "precision" not in printed
-    assert len(history_of(tmp_path / "runs")) == 6 and checkpoint(tmp_path / "runs", "best")["history"]
+    assert len(history_of(tmp_path / "runs")) == 5 and checkpoint(tmp_path / "runs", "best")["history"]
 
 
 def test_own_images_without_folder_val_all_train(everything, own_images, capsys):
