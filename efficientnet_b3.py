@@ -464,8 +464,8 @@ def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkag
     Head k leaves out the images that unseen_by (int64 [N]) calls k, the last head none. The sums over these groups of
     features [N, V, D] are taken once, and add up to those of all heads. It makes what scikit-learn's
     LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...) makes many times slower, with all features in memory.
-    View 0, the plain image, counts as much as all others: it looks as the images do that the model is for, while
-    jitter blurs the colours by which flowers are told apart. In stage 1 that gains two points.
+    View 0, the plain image, counts as much as all others, as the model is for images that look like it: two points more
+    in stage 1 than with augmented views alone.
     """
     (_, views, width), classes = features.shape, len(class_weight)
     view_weight = torch.tensor([max(1, views - 1)] + [1] * (views - 1), device=class_weight.device)[:, None]
@@ -555,7 +555,8 @@ def outputs_of_files(layers, files, num_views, cfg):
     work = partial(batch_of_views, num_views=num_views, layers=layers if on_cpu else None, cfg=cfg)
     for batch in progress(map_batches(work, files, cfg, size), "frozen part"):
         yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))
-    print(f"frozen     part: {len(files):,} images, {1 + num_views} views each, {time.monotonic() - start:.0f} s")
+    views = len(files) * (1 + num_views)
+    print(f"frozen     part: {views:,} views of {len(files):,} images, {time.monotonic() - start:.0f} s")
 
 
 def batch_of_views(files, num_views, layers, cfg):
@@ -579,13 +580,6 @@ def map_batches(work, items, cfg, size=None):
         return iter(loader)
 
 
-def keep_freed_memory():
-    """Have Linux's malloc keep what a step frees for the next one; to get it anew, cleared, costs a tenth of a step."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
 def start_worker(expected, _number):
     """What each worker process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the main process, which ends its workers
@@ -594,6 +588,13 @@ def start_worker(expected, _number):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if digest(source) != expected:
         raise UserError("the program was edited while it ran, and new workers have the new code: start it again")
+
+
+def keep_freed_memory():
+    """Have Linux's malloc keep what a step frees for the next one: to get it anew, cleared, is a tenth of the time."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 # ---- Activation files ------------------------------------------------------------------------------------------------
@@ -974,7 +975,7 @@ def report(model, blocks, activations, data, run, cfg):
         for title, side in (("frozen", run["frozen"]), ("fine-tuned", tuned)):
             if side:
                 model.load_state_dict(side["model"])
-                features = pooled_features(part, blocks, cfg)  # mostly known from the training
+                features = pooled_features(part, blocks, cfg)  # which are known when the report is made again
                 probabilities = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg).softmax(1)
                 epoch = side["history"][-1]["epoch"]
                 sides[f"{title} (epoch {epoch})"] = probabilities
