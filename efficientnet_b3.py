@@ -25,10 +25,10 @@ import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers stall on a busy machine
 # The code of this file is part of a run (see code_of). It is read before the libraries load, as it may be edited
-# meanwhile, and by linecache, which knows the cells of a notebook too; where nobody keeps the source it is empty.
-module_code = sys._getframe().f_code
-linecache.checkcache(module_code.co_filename)
-source = "".join(linecache.getlines(module_code.co_filename))
+# meanwhile, and by linecache, which knows the cells of a notebook too.
+own_path = sys._getframe().f_code.co_filename
+linecache.checkcache(own_path)
+source = "".join(linecache.getlines(own_path)) or sys.exit("error: start the program as a file or a notebook's cell")
 
 import argparse
 import ast
@@ -38,7 +38,6 @@ import errno
 import hashlib
 import io
 import json
-import marshal
 import math
 import multiprocessing
 import random
@@ -69,7 +68,6 @@ from PIL import Image, ImageOps
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.metrics import classification_report, confusion_matrix, f1_score
-from sklearn.model_selection import StratifiedKFold
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DataLoader
@@ -123,10 +121,10 @@ RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files o
 OUT_DIR = "runs"  # folder of those files
 KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are removed
 
-# Of a notebook's names, those that stand in this file.
-CONSTANTS = {name.lower(): value for name, value in globals().items()
-             if name.isupper() and isinstance(value, (bool, int, float, str, tuple, list, np.generic, np.ndarray))
-             and (not source or re.search(rf"^{name}\b", source, re.MULTILINE))}
+# The numbers, words and lists of these above, as plain Python even where NumPy has computed them.
+CONSTANTS = {name.lower(): json.loads(json.dumps(globals()[name], default=lambda value: value.tolist()))
+             for name in re.findall(r"^([A-Z_0-9]+) = ", source.partition("\nCONSTANTS")[0], re.MULTILINE)
+             if isinstance(globals()[name], (bool, int, float, str, tuple, list, np.generic, np.ndarray))}
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
@@ -180,15 +178,6 @@ def build_model(num_classes, state=None, seed=0):
     if state is not None:
         model.load_state_dict({**model.classifier.state_dict(prefix="classifier."), **state})
     return model
-
-
-def average_pool(maps):
-    """The mean of each channel [B, C, 1, 1], as torchvision's pooling has it, which is slow on a CPU."""
-    if maps.device.type != "cpu":
-        return F.adaptive_avg_pool2d(maps, 1)
-    if maps.requires_grad:
-        return maps.sum((2, 3), keepdim=True) / maps[0, 0].numel()  # its gradient is channels_last too
-    return F.avg_pool2d(maps, maps.shape[2:])
 
 
 def split_model(model, num_blocks):
@@ -284,7 +273,6 @@ class Heads(nn.Module):
         self.bias.copy_(bias)
         logits, left_out = self.logits(features[:, 0], self.unseen_by), self.unseen_by < num_heads - 1
         if not left_out.any():  # any confidence fits images that all heads have seen
-            print_once("note       one image per class leaves none to calibrate by: probabilities stay near 90 %")
             left_out, smoothing = ~left_out, 0.1
         loss = lambda log_scale: F.cross_entropy(logits[left_out] * math.exp(log_scale), self.labels[left_out],
                                                  self.class_weight, label_smoothing=smoothing).item()
@@ -446,16 +434,9 @@ def load_image(path):
 
 def deal_folds(labels, cfg):
     """The head that leaves out each image, int64 [N]; for a class's only image FOLDS, the head of all images."""
-    unseen_by, counts = torch.full_like(labels, cfg.folds), labels.bincount()
-    shared = (counts[labels] > 1).nonzero()[:, 0]
-    if len(shared):
-        folds = StratifiedKFold(min(cfg.folds, counts.max().item()), shuffle=True,
-                                random_state=mix_seed(cfg.seed, "folds") % 2**32)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classes with fewer images than folds, which does no harm
-            for head, (_, left_out) in enumerate(folds.split(shared, labels[shared])):
-                unseen_by[shared[left_out]] = head
-    return unseen_by
+    shuffled = pd.Series(labels.tolist()).sample(frac=1, random_state=mix_seed(cfg.seed, "folds") % 2**32)
+    fold = shuffled.groupby(shuffled).cumcount().sort_index() % cfg.folds
+    return torch.tensor(fold.tolist()).where(labels.bincount()[labels] > 1, cfg.folds)
 
 
 def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkage):
@@ -535,6 +516,15 @@ class FrozenLayers:
                     raise
                 self.batch_size //= 2
         return torch.cat(outputs).clone(memory_format=torch.contiguous_format).unflatten(0, views.shape[:2])
+
+
+def average_pool(maps):
+    """The mean of each channel [B, C, 1, 1], as torchvision's pooling has it, which is slow on a CPU."""
+    if maps.device.type != "cpu":
+        return F.adaptive_avg_pool2d(maps, 1)
+    if maps.requires_grad:
+        return maps.sum((2, 3), keepdim=True) / maps[0, 0].numel()  # its gradient is channels_last too
+    return F.avg_pool2d(maps, maps.shape[2:])
 
 
 def plain_features(blocks, activations, cfg):
@@ -768,11 +758,11 @@ def write_file(path, content):
 
 
 def write_output(path, content):
-    """Write a table or a picture; where it cannot be replaced, as it is open elsewhere, say so once and go on."""
+    """Write a table or a picture; where it cannot be replaced, as it is open elsewhere, say so and go on."""
     try:
         write_file(path, content)
     except OSError as error:
-        print_once(f"note       cannot write {path} ({error.strerror}): the run goes on, and will try again")
+        print(f"note       cannot write {path} ({error.strerror}): the run goes on, and will try again")
 
 
 # ---- Images and weights ----------------------------------------------------------------------------------------------
@@ -780,8 +770,6 @@ def write_output(path, content):
 Data = namedtuple("Data", "class_names folders tables")  # of classes; {split: table of path, label, sha256}
 
 IMAGE_ENDINGS = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
-LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "__pycache__",
-          "system volume information", "demo_flowers", "cat_to_name.json"}
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                  "test": "test", "testing": "test"}
 
@@ -793,11 +781,8 @@ def find_images(cfg):
         raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
     flowers = not folder.exists() or not visible(folder) or (folder / "flowers-102").is_dir()
     folders, titles, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
-    if flowers and (others := [path.name for path in visible(folder) if path.name != "flowers-102"]):
-        print(f"data       {folder} holds flowers-102, so this is passed over: {listing(others)}")
     table = table[table.split.isin(["train", "val", *cfg.eval_splits])]
     test, table = table[table.split == "test"], check_images(table[table.split != "test"], cfg)
-    tell_copies(table)
     if "val" not in needed:
         table = table.assign(split="train")
     tables = dict(list(pd.concat([table, test]).groupby("split", sort=False)))
@@ -828,15 +813,6 @@ def check_images(table, cfg):
     return table[table.sha256 != ""]
 
 
-def tell_copies(table):
-    """Say which images stand in two splits or in two classes: they flatter the figures or confuse the model."""
-    groups = table.groupby("sha256")
-    copies = table[(groups.split.transform("nunique") > 1) | (groups.label.transform("nunique") > 1)]
-    if len(copies):
-        pair = listing(copies.path[copies.sha256 == copies.sha256.iloc[0]].tolist(), 2)
-        print(f"data       {copies.sha256.nunique()} images stand in two splits or two classes, such as {pair}")
-
-
 def check_image(path, known):
     """The SHA-256 of a file's bytes; UserError says why it cannot be read as an image."""
     with explained(path, OSError):
@@ -848,24 +824,24 @@ def check_image(path, known):
 
 def find_class_folders(folder, cfg):
     """Class folders, titles and a table of own images: one folder per class, alone or within splits."""
+    folders_in = lambda place: [path for path in visible(place) if path.is_dir()]
     # A folder of such a name is a split if it holds class folders, and else a class.
-    splits = [path for path in visible(folder) if path.name.lower() in SPLIT_FOLDERS
-              and path.is_dir() and any(part.is_dir() for part in visible(path))]
+    splits = [path for path in folders_in(folder) if path.name.lower() in SPLIT_FOLDERS and folders_in(path)]
     places = {SPLIT_FOLDERS[path.name.lower()]: path for path in splits} or {"train": folder}
     if len(places) < len(splits):
         raise UserError(f"{folder} holds a split twice: {listing([path.name for path in splits], 9)}")
-    files = list(files_below(folder))
-    table = pd.DataFrame([
-        (split, path.relative_to(place).parts[0], path) for split, place in places.items() for path in files
-        if place in path.parents and (path.parent != place or path.is_dir())], columns=["split", "name", "path"],
-        dtype=object)  # strings of pyarrow, where it is installed, cannot hold names that no encoding has
-    wanted = {(split, name) for split in places if split in ("train", "val", *cfg.eval_splits) for name in table.name}
-    table = table[table.path.isin(only_images(files, set(table.path), sys.stdout))]
+    origin = {path: (split, part.name) for split, place in places.items() for part in folders_in(place)
+              for path in files_below(part)}
+    # Strings of pyarrow, where it is installed, cannot hold names that no encoding has.
+    table = pd.DataFrame([(*origin[path], path) for path in only_images(list(files_below(folder)), origin, sys.stdout)],
+                         columns=["split", "name", "path"], dtype=object)
     if len(names := sorted(set(table.name))) < 2 or "train" not in places:
         inside = listing([path.name for path in visible(folder)], 9)
         raise UserError(f"{folder} holds {inside}: expected two or more folders of images, one per class, alone or "
                         "within train/, val/ and test/")
     # A class without images in one split would never be learned, or never be measured.
+    wanted = {(split, part.name) for split in places.keys() & {"train", "val", *cfg.eval_splits}
+              for place in places.values() for part in folders_in(place)}
     if lacking := [places[split] / name for split, name in sorted(wanted - set(zip(table.split, table.name)))]:
         raise UserError(f"each class needs images in each split; missing or empty: {listing(lacking)}")
     if "val" not in places and "val" not in cfg.train_splits:
@@ -874,8 +850,7 @@ def find_class_folders(folder, cfg):
         classes = shuffled.groupby("name").name
         size = classes.transform("size")
         lent = (cfg.val_fraction * size).round().clip(lower=1).clip(upper=size - 1)  # each class keeps one
-        drawn = shuffled[classes.cumcount() < lent]
-        table = table.assign(split=table.split.mask(table.index.isin(drawn.index), "val"))
+        table.loc[shuffled.index[classes.cumcount() < lent], "split"] = "val"
     file = folder / "cat_to_name.json"
     with explained(f"{file} is no JSON object of folders and names: mend or remove it", ValueError, TypeError):
         titles = dict(json.loads(file.read_text("utf-8-sig"))) if file.is_file() else {}
@@ -883,25 +858,18 @@ def find_class_folders(folder, cfg):
 
 
 def files_below(folder):
-    """All visible files in a folder and its folders, and empty folders; no link to a folder above is followed."""
-    inside = visible(folder)
-    for path in inside:
+    """All visible files in a folder and its folders; no link to a folder above is followed."""
+    for path in visible(folder):
         if not path.is_dir():
             yield path
         elif os.path.realpath(path) not in map(os.path.realpath, Path(os.path.abspath(path)).parents):
             yield from files_below(path)
-    if not inside and not any(path.is_dir() for path in folder.iterdir()):
-        yield folder
 
 
 def visible(folder):
-    """What a folder holds, sorted by name, without hidden files, other systems' litter and what runs have made."""
-    with explained(f"cannot read the folder {folder}", OSError):
-        paths = sorted(folder.iterdir())
-    return [path for path in paths if path.name.lower() not in LITTER
-            and (not path.name.startswith(".") or path.name.endswith(".icloud"))  # an image that is still in a cloud
-            and not any((path / name).exists() for name in (".images.lock", "activations/.images.lock"))  # OUT_DIR
-            and not (any(path.glob("*_history.csv")) and any(path.glob("*_config.json")))]
+    """What a folder holds, sorted by name, without hidden files, the names of classes and any OUT_DIR."""
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")
+            and path.name != "cat_to_name.json" and not (path / "activations").is_dir()]
 
 
 def only_images(files, wanted, stream):
@@ -931,27 +899,20 @@ def load_pretrained(weights):
     """The backbone's state dict that WEIGHTS names, without a classifier, or None for random weights."""
     if weights == "none":
         return None
-    path = Path(weights)
     if weights == "IMAGENET1K_V1":
-        official = EfficientNet_B3_Weights.IMAGENET1K_V1
-        path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(official.url))
-        if not path.exists():
-            with explained(f"cannot download the weights to {path}: try again, set --weights, or try --demo", OSError,
-                           RuntimeError):
-                official.get_state_dict(check_hash=True)
-    # Trainers wrap a state dict in dicts, and put prefixes before its keys.
-    found = [load_checkpoint(path)]
-    for part in found:
-        found += [value for value in part.values() if isinstance(value, dict)] if isinstance(part, dict) else []
-    states = [{key[key.find("features."):]: value for key, value in part.items() if "features." in str(key)}
-              for part in found if isinstance(part, dict)]
-    state = max(states, key=len, default={})
+        with explained(f"cannot download the ImageNet weights, or not load them from {torch.hub.get_dir()}: try again, "
+                       "set --weights, or try --demo", Exception):
+            state = EfficientNet_B3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+    else:
+        state = load_checkpoint(weights)
+    for name in ("model", "state_dict"):  # under which checkpoints hold a state dict; its keys may have prefixes
+        state = state.get(name, state) if isinstance(state, dict) else {}
+    state = {re.sub(r"^.*?(?=features\.)", "", str(key)): value for key, value in state.items()}
     wanted = build_model(2).features.state_dict(prefix="features.")
-    if odd := [key for key in wanted
-               if getattr(state.get(key), "shape", None) != wanted[key].shape or not state[key].isfinite().all()]:
-        keys = listing(list(found[-1])) if isinstance(found[-1], dict) else type(found[-1]).__name__
-        raise UserError(f"{path} holds other weights than torchvision's EfficientNet-B3 ({keys}), or not all of them: "
-                        f"{listing(odd)} missing, of another shape or not finite")
+    shapes = {key: value.shape for key, value in state.items() if torch.is_tensor(value) and value.isfinite().all()}
+    if odd := [key for key in wanted if shapes.get(key) != wanted[key].shape]:
+        raise UserError(f"{weights} holds other weights than torchvision's EfficientNet-B3: {listing(odd)} missing, of "
+                        "another shape or not finite")
     return {key: state[key].detach().float() for key in wanted}
 
 
@@ -965,8 +926,8 @@ fonts = ["DejaVu Sans", *sorted(fonts & set(font_manager.get_font_names()))]
 def report(model, blocks, activations, data, run, cfg):
     """Evaluate the best model on the splits of `activations`, compare frozen with fine-tuned, print and write all."""
     names = np.array(data.class_names)
-    short = [name if len(name) <= 36 else name[:35] + "…" for name in names]
-    short = [name.encode(errors="replace").decode() for name in short]  # figures show no bytes that are no letters
+    # Figures show no bytes that are no letters.
+    short = [(name if len(name) <= 36 else name[:35] + "…").encode(errors="replace").decode() for name in names]
     # Where no row of stage 2 is the best, the fine-tuned model is its last one.
     tuned = next((side for side in (run["best"], run) if side["history"][-1]["stage"] == 2), None)
     texts, comparisons, predictions, metrics = [], [], [], {}
@@ -1194,7 +1155,7 @@ def predict(cfg):
 
 # ---- Drawn flowers ---------------------------------------------------------------------------------------------------
 
-DEMO = dict(data_dir="data/demo_flowers", img_size=(64, 64), views=3, eval_splits=("val",), weights="none",
+DEMO = dict(data_dir="runs/demo_flowers", img_size=[64, 64], views=3, eval_splits=["val"], weights="none",
             epochs_stage1=3, run_name="demo")
 
 
@@ -1269,8 +1230,6 @@ def train_and_report(cfg):
     if "test" in data.tables:  # nobody waits for these before the training
         with wait_for(lock):
             data.tables["test"] = check_images(data.tables["test"], cfg)
-        table = pd.concat(data.tables.values())
-        tell_copies(table[table.sha256.isin(data.tables["test"].sha256)])  # the others are told already
         activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
     evaluated = {split: part for split, part in activations.items() if split in cfg.eval_splits}
     report(model, blocks, evaluated, data, run, cfg)
@@ -1294,8 +1253,8 @@ def parse_command_line(argv):
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="for --predict: another one than the best")
     comments = dict(re.findall(r"^([A-Z_0-9]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
     constants = CONSTANTS | (DEMO if "--demo" in argv else {})
-    for name, value in ((name, plain(value)) for name, value in constants.items()):
-        several = isinstance(value, tuple)
+    for name, value in constants.items():
+        several = isinstance(value, list)
         kind, shown = type((*value, "")[0] if several else value), " ".join(map(str, value)) if several else value
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__.upper(),
@@ -1303,16 +1262,9 @@ def parse_command_line(argv):
         parser.add_argument("--" + name.replace("_", "-"), default=value, **how,
                             help=f"{comments.get(name.upper(), '')} (default: {shown})".replace("%", "%%"))
     cfg = parser.parse_args(argv)
-    vars(cfg).update({name: plain(value) for name, value in vars(cfg).items()})
     if broken := broken_rules(cfg):
         parser.error("; ".join(broken))
     return cfg
-
-
-def plain(value):
-    """A value as plain Python, lists as tuples: a checkpoint may hold no NumPy."""
-    value = value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
-    return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def broken_rules(cfg):
@@ -1322,8 +1274,8 @@ def broken_rules(cfg):
         "TRAIN_SPLITS must be train, or train val": set(cfg.train_splits) in ({"train"}, {"train", "val"}),
         "EVAL_SPLITS must be val, test or both": set(cfg.eval_splits) in ({"val"}, {"test"}, {"val", "test"}),
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
-        "RUN_NAME must be a file name": (cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip(".")
-                                         and len(os.fsencode(cfg.run_name)) < 200),
+        "RUN_NAME must be a file name": cfg.run_name.strip(".") and cfg.run_name == Path(cfg.run_name).name,
+        "OUT_DIR must be another folder than DATA_DIR": Path(cfg.out_dir).resolve() != Path(cfg.data_dir).resolve(),
         "UNFREEZE_LAST_BLOCKS must be from 0 to 9": 0 <= cfg.unfreeze_last_blocks <= 9,
         "CROP must be from 0 to 1": 0 <= cfg.crop <= 1,
         "SHRINKAGE and VAL_FRACTION must be above 0, at most 1": all(
@@ -1334,7 +1286,7 @@ def broken_rules(cfg):
             cfg.seed)),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
     rules |= {f"{name.upper()} is read by that name in the code, so it is no option: edit it, or read cfg.{name}":
-              getattr(cfg, name) == plain(value) or not re.search(rf"\b{name.upper()}\b", str(source and code_of()))
+              getattr(cfg, name) == value or not re.search(rf"\b{name.upper()}\b", str(code_of()))
               for name, value in CONSTANTS.items()}
     return [rule for rule, kept in rules.items() if not kept]
 
@@ -1359,7 +1311,6 @@ def main(argv=()):
         if hasattr(stream, "reconfigure"):  # a terminal without the letters of a name shows their codes
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     cfg = parse_command_line(argv)
-    print_once.cache_clear()  # once in each run
     try:
         choose_device(cfg)
         keep_freed_memory()
@@ -1401,7 +1352,6 @@ def main(argv=()):
 
 # ---- Helpers ---------------------------------------------------------------------------------------------------------
 
-print_once = cache(print)
 progress = partial(tqdm, disable=None, leave=False)  # a bar, where somebody watches
 
 
@@ -1467,8 +1417,6 @@ def code_of(without=frozenset()):
     """
     without = {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
                "Command line", "Helpers", *without}
-    if not source:  # then any edit counts, and any constant
-        return {"the cell": repr(marshal.dumps(module_code, 2)) + " ".join(f"cfg.{name}" for name in CONSTANTS)}
     definitions, rooms = {}, re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)[1:]
     for room, text in zip(rooms[::2], rooms[1::2]):
         for node in ast.parse(text).body if room not in without else ():

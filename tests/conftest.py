@@ -2,6 +2,7 @@
 import hashlib
 import importlib.util
 import json
+import linecache
 import os
 import shutil
 import signal
@@ -108,7 +109,8 @@ def long_runs(request, tmp_path_factory):
                    "MPLBACKEND": "module://not_installed"}  # a notebook's, which the program does not ask for
     processes, pool = [], ThreadPoolExecutor(1)
 
-    def run(name, folder, options):
+    def run(name, folder):
+        options = [str(option) for option in LONG_RUNS[name](folder)]  # of a run that nobody waits for, it may fail
         script = ["-c", AS_ELSEWHERE] if name == "run_elsewhere" else []
         process = subprocess.Popen([sys.executable, *script, program.__file__, *options], text=True, env=environment,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -119,8 +121,7 @@ def long_runs(request, tmp_path_factory):
     futures = {}
     for name in LONG_RUNS:
         if any(name in item.fixturenames for item in request.session.items):
-            folder = tmp_path_factory.mktemp(name)
-            futures[name] = pool.submit(run, name, folder, [str(option) for option in LONG_RUNS[name](folder)])
+            futures[name] = pool.submit(run, name, tmp_path_factory.mktemp(name))
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
@@ -271,6 +272,14 @@ def edited(path, *changes, append=""):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def execute(source, name="<cell>", namespace=None):
+    """Run a source as a cell of a notebook, which linecache knows with no time of change; returns its names."""
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    namespace = {"__name__": "edited"} if namespace is None else namespace
+    exec(compile(source, name, "exec"), namespace)
+    return namespace
 
 
 def settings(options, *extra):

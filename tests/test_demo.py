@@ -47,7 +47,7 @@ def test_after_the_demo_the_real_thing_finds_its_own_folder(tmp_path, monkeypatc
 
 def test_the_demo_has_constants_of_its_own_that_can_be_set(tmp_path):
     cfg = program.parse_command_line(["--demo", "--views", "3"])
-    assert (cfg.weights, cfg.run_name, cfg.views, cfg.img_size) == ("none", "demo", 3, (64, 64))
+    assert (cfg.weights, cfg.run_name, cfg.views, cfg.img_size) == ("none", "demo", 3, [64, 64])
     assert program.parse_command_line([]).run_name == program.CONSTANTS["run_name"] != "demo"
 
 

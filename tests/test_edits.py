@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import activations, checkpoint, draw_splits, history_of, options_for, same, small_efficientnet
+from conftest import activations, checkpoint, draw_splits, execute, history_of, options_for, same, small_efficientnet
 
 import efficientnet_b3 as program
 
@@ -392,30 +392,25 @@ def cell(run_once, tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(torchvision.models.efficientnet, "efficientnet_b3", small_efficientnet)
     monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
 
-    def execute(source, name="<cell>", known=False):
+    def execute_small(source, name):
         for constant, value in CONSTANTS.items():
             source, count = re.subn(rf"^{constant} = .*?  #", f"{constant} = {value}  #", source, flags=re.MULTILINE)
             assert count == 1
-        if known:  # as IPython does, with no time of change
-            monkeypatch.setitem(linecache.cache, name, (len(source), None, source.splitlines(True), name))
-        exec(compile(source, name, "exec"), {"__name__": "__main__"})
+        execute(source, name, {"__name__": "__main__"})
 
-    return execute
+    return execute_small
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["IPython", "no source"])
-def test_a_cell_that_is_edited_and_run_again_trains_again(known, cell, tmp_path, capsys):
+def test_a_cell_that_is_edited_and_run_again_trains_again(cell, tmp_path, capsys):
     runs = tmp_path / "runs"
-    cell(SOURCE, "<cell 1>", known)
+    cell(SOURCE, "<cell 1>")
     assert "new run" not in capsys.readouterr().out and (runs / "t_report.txt").exists()
     whole, before = checkpoint(runs, "last"), activations(runs)
-    cell(SOURCE, "<cell 2>" if known else "<cell 1>", known)
+    cell(SOURCE, "<cell 2>")
     assert "new run" not in capsys.readouterr().out and same(checkpoint(runs, "last"), whole)
     assert activations(runs) == before
     with pytest.raises(RuntimeError, match="mine"):
-        cell(edit_of(SOURCE, "train_one_epoch", MINE), "<cell 3>" if known else "<cell 1>", known)
-    told = news(capsys.readouterr().out)
-    assert "changed: code of " in told and (not known or "changed: code of train_one_epoch;" in told)
-    assert not known or activations(runs) == before
+        cell(edit_of(SOURCE, "train_one_epoch", MINE), "<cell 3>")
+    assert "changed: code of train_one_epoch;" in news(capsys.readouterr().out) and activations(runs) == before
     with pytest.raises(RuntimeError, match="mine"):  # it is not yet computed where the cells before left it
-        cell(edit_of(SOURCE, "load_views", MINE), "<cell 4>" if known else "<cell 1>", known)
+        cell(edit_of(SOURCE, "load_views", MINE), "<cell 4>")

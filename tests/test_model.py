@@ -49,15 +49,14 @@ def wrapped(state):
             "half precision": {key: value.half() for key, value in state.items()},
             "state_dict": {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}}, "module": module,
             "compiled": {f"_orig_mod.{key}": value for key, value in state.items()},
-            "nested": {"epoch": 1, "net": {"module": {f"model.{key}": value for key, value in module.items()}}},
-            "settings beside": {"model": {"module": state}, "args": dict.fromkeys("abcdefgh", 1), "epoch": 3},
+            "nested": {"model": {"state_dict": module}, "args": dict.fromkeys("abcdefgh", 1), "epoch": 3},
             "averaged": {"n_averaged": torch.tensor(3), **module},
             "no classifier": {key: value for key, value in state.items() if not key.startswith("classifier")}}
 
 
 @small
 @pytest.mark.parametrize("kind", ["as it is", "parameters", "half precision", "state_dict", "module", "compiled",
-                                  "nested", "settings beside", "averaged", "no classifier"])
+                                  "nested", "averaged", "no classifier"])
 def test_weights_are_freed_of_what_trainers_wrap_around_them(kind, weights):
     state = torch.load(weights, weights_only=True)
     torch.save(wrapped(state)[kind], weights)
@@ -114,12 +113,12 @@ def timm_names():
 @small
 @pytest.mark.parametrize("content, phrases", [
     (lambda: efficientnet_b0(num_classes=2).state_dict(), ["features.0.0.weight", "shape"]),
-    (lambda: {"weight": torch.zeros(3)}, ["weight"]), (other_shape, [FIRST]), (diverged, [FIRST, "not finite"]),
+    (lambda: {"weight": torch.zeros(3)}, ["missing"]), (other_shape, [FIRST]), (diverged, [FIRST, "not finite"]),
     (Evil, ["print"]), (dict, []),
-    (lambda: [1, 2], ["list"]), (lambda: torch.zeros(3), ["Tensor"]), (lambda: {"state_dict": {"a": {"b": {}}}}, []),
-    (lambda: b"\0" * 99, ["bytes"]),
+    (lambda: [1, 2], []), (lambda: torch.zeros(3), []), (lambda: {"state_dict": {"a": {"b": {}}}}, []),
+    (lambda: b"\0" * 99, []),
     (lambda: {**{f"features.{n}.x": torch.zeros(1) for n in range(9)}, FIRST: torch.zeros(40, 3, 3, 3)}, ["missing"]),
-    (timm_names, ["conv_stem.weight"]),
+    (timm_names, ["features.0.0.weight", "missing"]),
     (lambda: {"state_dict": {FIRST: torch.zeros(1)}, "args": argparse.Namespace(lr=0.1)}, ["argparse.Namespace"]),
     (lambda: {"state_dict": {FIRST: torch.zeros(1)}, "best": np.float64(0.9)}, ["numpy"])],
     ids=["another network", "few", "other shape", "diverged", "code", "empty", "list", "tensor", "hollow", "bytes",
@@ -157,7 +156,7 @@ def test_a_truncated_download_is_named_and_left_as_it_is(share, cached, weights,
     whole = weights.read_bytes()
     cached.write_bytes(whole[:int(share * len(whole))])
     assert call([*options, "--weights", "IMAGENET1K_V1"]) == 2
-    assert is_one_line(capsys.readouterr().err, str(cached), "not a whole one") and not downloads and cached.exists()
+    assert is_one_line(capsys.readouterr().err, str(cached.parent.parent), "load them") and not downloads and cached.exists()
 
 
 @small
@@ -175,4 +174,4 @@ def test_a_failed_download_is_told_as_the_system_tells_it(error, cached, options
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     assert call([*options, "--weights", "IMAGENET1K_V1"]) == 2
-    assert is_one_line(capsys.readouterr().err, program.one_line(error), str(cached), "--demo")
+    assert is_one_line(capsys.readouterr().err, program.one_line(error), str(cached.parent.parent), "--demo")
