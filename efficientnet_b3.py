@@ -7,7 +7,7 @@
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
 
 Stage 1 trains the classifier head on a frozen backbone, stage 2 fine-tunes the last feature blocks as well, and the
-report compares the two. The rooms of this file:
+report compares the two. The rooms of this file, by which code_of tells what decides results:
 
     Configuration, Data, Model     all constants; how an image is augmented; EfficientNet-B3, cut in two
     Frozen activations             the outputs of the frozen part, computed once
@@ -110,7 +110,7 @@ LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the bloc
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
 REFIT_HEAD = True  # after each epoch of stage 2 the model gets the mean of its head and of lda's ...
-REFITTED_EPOCHS = 5  # ... from which, after so many first epochs of the stage, the training goes on
+REFITTED_EPOCHS = 5  # ... from which the training goes on too, in the first so many epochs of the stage
 
 # Run
 BATCH_SIZE = 32  # training images per step
@@ -237,7 +237,8 @@ class Heads(nn.Module):
         super().__init__()
         unseen_by, counts = deal_folds(labels, cfg), labels.bincount()
         teacher = unseen_by if cfg.cross_fit else torch.full_like(labels, cfg.folds)  # the head that teaches the blocks
-        targets = labels.where(unseen_by != torch.arange(cfg.folds + 1)[:, None], -100)  # which cross_entropy ignores
+        # [heads, N]: the label, or -100, which cross_entropy ignores, where the head must not see the image.
+        targets = labels.where(unseen_by != torch.arange(cfg.folds + 1)[:, None], -100)
         targets[-1] = labels  # the last head sees all
         class_weight = len(labels) / len(counts) / counts if cfg.balance else torch.ones(len(counts))
         self.labels, self.unseen_by, self.teacher, self.targets, self.class_weight = (
@@ -272,7 +273,7 @@ class Heads(nn.Module):
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         logits, left_out = self.logits(features[:, 0], self.unseen_by), self.unseen_by < num_heads - 1
-        if not left_out.any():  # any confidence fits images that all heads have seen
+        if not left_out.any():  # any confidence fits images that all heads have seen: smoothed labels keep it at 90 %
             left_out, smoothing = ~left_out, 0.1
         loss = lambda log_scale: F.cross_entropy(logits[left_out] * math.exp(log_scale), self.labels[left_out],
                                                  self.class_weight, label_smoothing=smoothing).item()
@@ -332,6 +333,7 @@ def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
     for epoch in left:
         start, rates = time.perf_counter(), scheduler.get_last_lr()  # the heads', then the blocks'
         row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
+        # For the closed form: what the epoch has seen, by blocks that were changing, and plain images by the new ones.
         seen = train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
         features = torch.cat([plain_features(blocks, inputs["train"].tensor, cfg).to(seen), seen], 1)
         scheduler.step()
@@ -456,9 +458,8 @@ def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkag
     for head in range(num_heads):
         for images in (unseen_by == head).nonzero()[:, 0].split(512):  # all features may be larger than the memory
             rows = features[images.cpu()].to(class_weight).flatten(0, 1)
-            targets = (F.one_hot(labels[images], classes) * class_weight)[:, None] * view_weight
-            targets = targets.flatten(0, 1)
-            sums = targets.sum(0), targets.T @ rows, rows.T @ (rows * targets.sum(1, keepdim=True))
+            weight = ((F.one_hot(labels[images], classes) * class_weight)[:, None] * view_weight).flatten(0, 1)
+            sums = weight.sum(0), weight.T @ rows, rows.T @ (rows * weight.sum(1, keepdim=True))
             for total, part in zip(sums_by_head, sums):
                 total[head] += part.to(device)
     weights, biases = [], []
@@ -604,8 +605,8 @@ def compute_once(fingerprint, rows, compute, cfg):
             known["rows"] = 0
         # Written, not mapped: on a full disk a write raises an error, but a mapped file kills the process.
         file.truncate(known["rows"] * known["row_bytes"])
-        noted = time.monotonic()
-        for part in compute(known["rows"]) if known["rows"] < rows else ():
+        noted, parts = time.monotonic(), compute(known["rows"]) if known["rows"] < rows else ()
+        for part in parts:
             known |= {"shape": (rows, *part.shape[1:]), "row_bytes": part[0].nbytes}
             if (need := (rows - known["rows"]) * known["row_bytes"]) > shutil.disk_usage(path.parent).free:
                 raise UserError(f"no room for {need / 1e9:.1f} GB of activations in {path.parent}: remove older ones "
@@ -650,36 +651,63 @@ WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", 
 
 
 def take_up_run(model, data, cfg):
-    """The run as it stands in its last.pth, a dict; the files of a run that differs in anything are moved aside."""
+    """The run as it stands in its last.pth, a dict; the files of a run that differs in anything are moved aside.
+
+    Those that were moved aside earlier, and do not differ, are taken back: an edit that is undone costs no training.
+    """
+    # Test images come after the training, and decide nothing.
     images = [table[["sha256", "label"]].values.tolist() for name, table in data.tables.items() if name != "test"]
     config = {name: getattr(cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT} | {
-        "folders": data.folders, "images": digest(images), "weights": digest(model.features.state_dict()),
+        "folders": data.folders, "images": digest(images), "pretrained weights": digest(model.features.state_dict()),
         "device_type": cfg.device.type, "precision": str(cfg.dtype)} | {
         f"code of {name}": digest(text)[:16] for name, text in code_of().items()}
     # Beside its last model it holds the best one, and the best one of stage 1, each with the history up to it.
     run = {"model": {key: value.cpu().clone() for key, value in model.state_dict().items()}, "config": config,
            "class_names": data.class_names, "history": [], "trainer": None, "best": None, "frozen": None}
-    try:
-        last = load_checkpoint(run_file(cfg, "last.pth"), run)
-        changed = sorted(key for key in config | last["config"] if config.get(key) != last["config"].get(key))
-        reason = f"changed: {listing(changed, 9)}" if changed else "--fresh" if cfg.fresh else ""
-        reason += " (--no-amp from the start keeps one precision)" * ("precision" in changed)
-    except UserError as error:
-        reason = str(error)
-    if not reason:
+    last, differs = compare_runs(run, run_file(cfg, "last.pth"))
+    if differs or cfg.fresh:
+        if files := [file for file in (run_file(cfg, name) for name in RUN_FILES) if file.exists()]:
+            old = next(path for number in count(1) if not (path := run_file(cfg, f"old{number}")).exists())
+            old.mkdir()
+            for file in files:
+                file.rename(old / file.name)
+            print(f"new run    {differs or '--fresh'}; the earlier one is in {old}, and taken back when that is undone")
+        last = None if cfg.fresh else take_back(run, cfg)
+    if last:
         run = last | {"class_names": data.class_names}
         model.load_state_dict(run["model"])
         export_models(run, ("best", "frozen"), cfg)
-    elif files := [file for file in (run_file(cfg, name) for name in RUN_FILES) if file.exists()]:
-        old = next(path for number in count(1) if not (path := run_file(cfg, f"old{number}")).exists())
-        old.mkdir()
-        for file in files:
-            file.rename(old / file.name)
-        print(f"new run    {reason}; to go back, undo that, move the files in {old} back and repeat their command")
     print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
     for end in range(len(run["history"])):
         print_epoch(run["history"][:end + 1])
     return run
+
+
+def compare_runs(run, path):
+    """The run in a last.pth, or None, and what keeps `run` from going on with it, if anything."""
+    try:
+        last = load_checkpoint(path, run)
+    except UserError as error:
+        return None, str(error)
+    config, other = run["config"], last["config"]
+    changed = sorted(key for key in config | other if config.get(key) != other.get(key))
+    hint = " (--no-amp from the start keeps one precision)" * ("precision" in changed)
+    return last, f"changed: {listing(changed, 9)}{hint}" * bool(changed)
+
+
+def take_back(run, cfg):
+    """The last.pth of a run like this one that was moved aside earlier, whose files are moved back, or None."""
+    for folder in sorted(Path(cfg.out_dir).iterdir()):
+        if folder.name.startswith(f"{cfg.run_name}_old"):
+            last, differs = compare_runs(run, folder / f"{cfg.run_name}_last.pth")
+            if not differs:
+                # First last.pth, which is enough to go on if this is cut short.
+                for file in sorted(folder.iterdir(), key=lambda file: not file.name.endswith("_last.pth")):
+                    file.rename(Path(cfg.out_dir, file.name))
+                folder.rmdir()
+                print(f"old run    nothing has changed since that of {folder}: it is taken back")
+                return last
+    return None
 
 
 def save_epoch(row, better, model, parts, run, cfg):
@@ -949,7 +977,8 @@ def report(model, blocks, activations, data, run, cfg):
         texts += describe(split, part.labels, likeliest[:, 0], confusion, names)
         predictions.append(pd.DataFrame({
             "file": [os.path.relpath(path, cfg.data_dir) for path in data.tables[split].path], "split": split,
-            "true": names[part.labels], "predicted": names[likeliest[:, 0]],
+            "true": names[part.labels], "frozen": names[next(iter(sides.values())).argmax(1)],
+            "predicted": names[likeliest[:, 0]],
             "probability": [round(value, 4) for value in values[:, 0].tolist()],
             "top5": ["; ".join(five) for five in names[likeliest]]}, dtype=object))
         write_figures(model, data.tables[split], shown, confusion, f1, short, split, ending, cfg)
@@ -958,9 +987,9 @@ def report(model, blocks, activations, data, run, cfg):
     write_output(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
     if activations:
         write_output(run_file(cfg, "predictions.csv"), pd.concat(predictions).to_csv(index=False))
-        texts += [f"best epoch: {epoch}", *comparisons]
-        write_output(run_file(cfg, "report.txt"), "\n\n".join(texts) + "\n")
-        print("\n" + "\n\n".join(texts))
+        texts.append(f"best epoch: {epoch}")
+        write_output(run_file(cfg, "report.txt"), "\n\n".join(comparisons + texts) + "\n")
+        print("\n" + "\n\n".join(texts + comparisons))
     else:
         print("\nno report: no images are held out, and no test images evaluated")
 
@@ -982,7 +1011,8 @@ def write_figures(model, table, shown, confusion, f1, names, split, ending, cfg)
 
 def describe(split, labels, predicted, confusion, names):
     """Of a split, the most confused pairs of classes and the classification report, as texts."""
-    cells = sorted(((confusion[t, p], t, p) for t, p in np.argwhere(confusion) if t != p), reverse=True)
+    cells = [(confusion[t, p], t, p) for t, p in np.argwhere(confusion) if t != p]
+    cells.sort(key=lambda cell: cell[0], reverse=True)
     pairs = [f"{cell} of {confusion[t].sum()} {names[t]} taken for {names[p]}" for cell, t, p in cells[:12]]
     present = np.unique(labels)
     each = classification_report(labels, predicted, labels=present, target_names=names[present], digits=3,
@@ -994,11 +1024,10 @@ def measure(probabilities, labels):
     """Figures of a split from probabilities [N, classes] and labels [N]; a class without images counts in none."""
     (confidence, predicted), present = probabilities.max(1), labels.unique()
     right, likeliest = (predicted == labels).float(), probabilities.topk(min(5, probabilities.shape[1])).indices
-    interval = binomtest(int(right.sum()), len(labels)).proportion_ci(method="wilson")
     gaps, _ = np.histogram(confidence, 15, (0, 1), weights=confidence - right)  # Guo et al., 2017
     macro = classification_report(labels, predicted, labels=present, output_dict=True, zero_division=0)["macro avg"]
-    return {"images": len(labels), "accuracy": right.mean().item(), "wilson_95_low": interval.low,
-            "wilson_95_high": interval.high, "balanced_accuracy": macro["recall"], "macro_f1": macro["f1-score"],
+    return {"images": len(labels), "accuracy": right.mean().item(), "balanced_accuracy": macro["recall"],
+            "macro_f1": macro["f1-score"],
             "top5_accuracy": (likeliest == labels[:, None]).any(1).float().mean().item(),
             "log_loss": F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item(),
             "expected_calibration_error": np.abs(gaps).sum().item() / len(labels)}
@@ -1019,7 +1048,7 @@ def compare(split, sides, shown, labels, names):
         table["difference"], change = table.iloc[:, 1] - table.iloc[:, 0], f1.iloc[:, 1] - f1.iloc[:, 0]
         lines.append(f"fine-tuning put {mended} right and spoilt {spoilt} (McNemar's exact test: p = {p_value:.2g})")
         if split == "val":
-            lines.append("both epochs were chosen on these images, which flatters their figures")
+            lines.append("epochs are chosen on these images, which flatters the figures")
         for word, part in (("gained", change[change > 0].nlargest(5)), ("lost", change[change < 0].nsmallest(5))):
             lines.append(f"F1 {word} most:" + " none" * part.empty)
             lines += [f"  {gain:+.3f}  {name}" for name, gain in part.items()]
@@ -1049,8 +1078,8 @@ def plot_changes(f1, title):
 def write_history(run, cfg, at_once=False):
     """Write config.json, history.csv, and, at most every ten seconds unless `at_once`, the curves."""
     table, file = pd.DataFrame(run["history"]), run_file(cfg, "acc.png")
-    constants = {name: str(getattr(cfg, name)) for name in CONSTANTS}
-    write_output(run_file(cfg, "config.json"), json.dumps(constants | run["config"], indent=1) + "\n")
+    config = {name: getattr(cfg, name) for name in CONSTANTS} | run["config"]
+    write_output(run_file(cfg, "config.json"), json.dumps(config, indent=1, default=str) + "\n")
     write_output(run_file(cfg, "history.csv"), table.to_csv(index=False))
     if file.exists() and time.time() - file.stat().st_mtime < 10 and not at_once:
         return
@@ -1134,7 +1163,8 @@ def predict(cfg):
     state = load_checkpoint(checkpoint, ("model", "config", "class_names"), of_config=("img_size", "crop"))
     config, names = state["config"], state["class_names"]
     cfg.img_size, cfg.crop = config["img_size"], config["crop"]
-    code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=NOT_FROZEN).items()}
+    without = NOT_FROZEN | {"Frozen activations", "Fast passes", "Activation files"}
+    code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=without).items()}
     if changed := [key for key in code if config.get(key) != code[key]]:
         print(f"note: this checkpoint was trained with another {listing(changed)}", file=sys.stderr)
     with explained(f"{checkpoint} does not fit the model of this program", RuntimeError):
@@ -1426,6 +1456,12 @@ def code_of(without=frozenset()):
             name = getattr(node, "name", ast.unparse(node).split(" = ")[0])
             if name not in map(str.upper, CONSTANTS):  # which count by their values
                 definitions[name] = definitions.get(name, "") + ast.unparse(node)
+    used = set(re.findall(r"\w+", str(definitions)))
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                if (name := alias.asname or alias.name.partition(".")[0]) in used:
+                    definitions[f"import {name}"] = f"{getattr(node, 'module', '')} {alias.name}"
     return definitions
 
 

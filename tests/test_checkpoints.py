@@ -153,12 +153,36 @@ def test_a_changed_run_moves_the_old_files_aside_and_says_how_to_get_back(traine
         assert {path.name: path.read_bytes() for path in (runs / f"t_old{number}").iterdir()} == before
 
 
-def test_files_moved_back_are_the_earlier_run_again(trained, no_report, tmp_path, monkeypatch, capsys):
-    before = checkpoints(tmp_path / "runs")
-    call([*trained, "--lr-stage1", "2e-3"])
-    for path in (tmp_path / "runs" / "t_old1").iterdir():
-        path.replace(tmp_path / "runs" / path.name)
+def test_an_edit_that_is_undone_takes_the_earlier_run_back(trained, no_report, tmp_path, monkeypatch, capsys):
+    runs, other = tmp_path / "runs", [*trained, "--lr-stage1", "2e-3"]
+    before = checkpoints(runs)
+    assert call(other) == 0
+    changed = checkpoints(runs)
     monkeypatch.setattr(program, "train_one_epoch", None)
+    for options, state in ((trained, before), (other, changed), (trained, before)):
+        capsys.readouterr()
+        assert call(options) == 0 and same(checkpoints(runs), state)
+        assert "taken back" in capsys.readouterr().out and len(list(runs.glob("t_old*"))) == 1
+    with pytest.raises(TypeError):  # nothing is taken back where the run is to start anew
+        call([*other, "--fresh"])
+    assert len(list(runs.glob("t_old*"))) == 2
+
+
+@pytest.mark.parametrize("moves", [1, 2, 3, 8, 9, 10, 11])
+def test_killed_while_an_earlier_run_is_taken_back_loses_none(moves, trained, no_report, tmp_path, monkeypatch):
+    """While the files of the present run are moved aside, or those of the earlier one back."""
+    before, rename, left = checkpoints(tmp_path / "runs"), program.Path.rename, iter(range(moves))
+
+    def rename_or_die(path, target):
+        if next(left, None) is None:
+            raise Killed
+        return rename(path, target)
+
+    assert call([*trained, "--lr-stage1", "2e-3"]) == 0
+    monkeypatch.setattr(program, "train_one_epoch", None)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(program.Path, "rename", rename_or_die)
+        call(trained)
     assert call(trained) == 0 and same(checkpoints(tmp_path / "runs"), before)
 
 

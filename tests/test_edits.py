@@ -189,6 +189,15 @@ def test_which_epoch_is_the_best_counts(original, tmp_path):
     assert changes(load(SOURCE.replace(line, "names"), tmp_path), original) == {"end_epoch"}
 
 
+def test_another_import_under_a_name_that_decides_results_counts(original, tmp_path):
+    line = "from torch.optim.lr_scheduler import PolynomialLR"
+    other = load(SOURCE.replace(line, "from torch.optim.lr_scheduler import LinearLR as PolynomialLR"), tmp_path)
+    assert changes(other, original) == {"import PolynomialLR"} and fingerprint(other) == original.fingerprint
+    other = load(SOURCE.replace("import Image, ImageOps", "import Image, ImageDraw as ImageOps"), tmp_path)
+    assert changes(other, original) == {"import ImageOps"} and fingerprint(other) != original.fingerprint
+    assert not changes(load(SOURCE.replace(line, f"{line}\nimport csv"), tmp_path), original)
+
+
 def test_a_room_that_is_added_counts(original, tmp_path):
     line = SOURCE[:SOURCE.index("# ---- Files of a run -")].count("\n") + 1
     banner = f"# ---- Losses {'-' * 106}"
