@@ -3,7 +3,7 @@
     python efficientnet_b3.py                        train (or continue), evaluate, report
     python efficientnet_b3.py --epochs-stage2 10     any constant, by its name in lower case with dashes
     python efficientnet_b3.py --fresh                start anew; the files of an earlier run are moved aside
-    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, about a minute
+    python efficientnet_b3.py --demo                 the whole run on drawn flowers: no download, a minute or two
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
 
 Stage 1 trains the classifier head on a frozen backbone, stage 2 fine-tunes the last feature blocks as well, and the
@@ -546,8 +546,8 @@ def outputs_of_files(layers, files, num_views, cfg):
     work = partial(batch_of_views, num_views=num_views, layers=layers if on_cpu else None, cfg=cfg)
     for batch in progress(map_batches(work, files, cfg, size), "frozen part"):
         yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))
-    views = len(files) * (1 + num_views)
-    print(f"frozen     part: {views:,} views of {len(files):,} images, {time.monotonic() - start:.0f} s")
+    views = f" and {len(files) * num_views:,} views of them" if num_views else ""
+    print(f"frozen     part: {len(files):,} images{views}, {time.monotonic() - start:.0f} s")
 
 
 def batch_of_views(files, num_views, layers, cfg):
@@ -677,9 +677,6 @@ def take_up_run(model, data, cfg):
         run = last | {"class_names": data.class_names}
         model.load_state_dict(run["model"])
         export_models(run, ("best", "frozen"), cfg)
-    print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
-    for end in range(len(run["history"])):
-        print_epoch(run["history"][:end + 1])
     return run
 
 
@@ -731,6 +728,13 @@ def export_models(run, names, cfg):
         write_file(run_file(cfg, f"{name}.pth"), run[name] | {
             "config": run["config"], "class_names": run["class_names"],
             "best_accuracy": run[name]["history"][-1]["val_acc"]})
+
+
+def print_table(history):
+    """The head of the table, and the rows so far."""
+    print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
+    for end in range(1, len(history) + 1):
+        print_epoch(history[:end])
 
 
 def print_epoch(history):
@@ -957,31 +961,31 @@ def report(model, blocks, activations, data, run, cfg):
     # Figures show no bytes that are no letters.
     short = [(name if len(name) <= 36 else name[:35] + "…").encode(errors="replace").decode() for name in names]
     # Where no row of stage 2 is the best, the fine-tuned model is its last one.
-    tuned = next((side for side in (run["best"], run) if side["history"][-1]["stage"] == 2), None)
+    tuned = next((state for state in (run["best"], run) if state["history"][-1]["stage"] == 2), None)
     texts, comparisons, predictions, metrics = [], [], [], {}
     for split, part in activations.items():
-        sides, ending = {}, f"_{split}.png" if len(activations) > 1 else ".png"
-        for title, side in (("frozen", run["frozen"]), ("fine-tuned", tuned)):
-            if side:
-                model.load_state_dict(side["model"])
+        by_model, ending = {}, f"_{split}.png" if len(activations) > 1 else ".png"
+        for title, state in (("frozen", run["frozen"]), ("fine-tuned", tuned)):
+            if state:
+                model.load_state_dict(state["model"])
                 features = pooled_features(part, blocks, cfg)  # which are known when the report is made again
                 probabilities = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg).softmax(1)
-                epoch = side["history"][-1]["epoch"]
-                sides[f"{title} (epoch {epoch})"] = probabilities
-        shown = list(sides.values())[-1 if tuned is run["best"] else 0]
+                epoch = state["history"][-1]["epoch"]
+                by_model[f"{title} (epoch {epoch})"] = probabilities
+        of_best = list(by_model.values())[-1 if tuned is run["best"] else 0]
         model.load_state_dict(run["best"]["model"])  # its mistakes are shown
-        metrics[split], text, f1 = compare(split, sides, shown, part.labels, short)
+        metrics[split], text, f1 = compare(split, by_model, of_best, part.labels, short)
         comparisons.append(text)
-        values, likeliest = (top.numpy() for top in shown.topk(min(5, len(names))))
+        values, likeliest = (top.numpy() for top in of_best.topk(min(5, len(names))))
         confusion = confusion_matrix(part.labels, likeliest[:, 0], labels=range(len(names)))
         texts += describe(split, part.labels, likeliest[:, 0], confusion, names)
         predictions.append(pd.DataFrame({
             "file": [os.path.relpath(path, cfg.data_dir) for path in data.tables[split].path], "split": split,
-            "true": names[part.labels], "frozen": names[next(iter(sides.values())).argmax(1)],
+            "true": names[part.labels], "frozen": names[next(iter(by_model.values())).argmax(1)],
             "predicted": names[likeliest[:, 0]],
             "probability": [round(value, 4) for value in values[:, 0].tolist()],
             "top5": ["; ".join(five) for five in names[likeliest]]}, dtype=object))
-        write_figures(model, data.tables[split], shown, confusion, f1, short, split, ending, cfg)
+        write_figures(model, data.tables[split], of_best, confusion, f1, short, split, ending, cfg)
     write_history(run, cfg, at_once=True)
     epoch = run["best"]["history"][-1]["epoch"]
     write_output(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
@@ -994,18 +998,18 @@ def report(model, blocks, activations, data, run, cfg):
         print("\nno report: no images are held out, and no test images evaluated")
 
 
-def write_figures(model, table, shown, confusion, f1, names, split, ending, cfg):
+def write_figures(model, table, of_best, confusion, f1, names, split, ending, cfg):
     """Confusion matrix, mistakes and, where there are two columns of F1, what fine-tuning changed."""
     title = f", {split} split: {np.trace(confusion)} of {len(table)} images right"
     with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.family": fonts}):
         warnings.simplefilter("ignore")  # of letters that no font has
         figure = plot_confusion_matrix(confusion, names, "Confusion matrix" + title)
         write_output(run_file(cfg, "confusion_matrix" + ending), figure)
-        figure = plot_mistakes(model, table, shown, names, "Worst mistakes" + title, cfg)
+        figure = plot_mistakes(model, table, of_best, names, "Worst mistakes" + title, cfg)
         write_output(run_file(cfg, "mistakes" + ending), figure)
         if f1.shape[1] == 2:
-            figure = plot_changes(f1, f"F1 of classes, {split} split: mean {f1.iloc[:, 0].mean():.3f} frozen, "
-                                      f"{f1.iloc[:, 1].mean():.3f} fine-tuned")
+            means = ", ".join(f"{mean:.3f} {title}" for title, mean in f1.mean().items())
+            figure = plot_changes(f1, f"F1 of classes, {split} split: mean {means}")
             write_output(run_file(cfg, "frozen_vs_fine_tuned" + ending), figure)
 
 
@@ -1033,16 +1037,16 @@ def measure(probabilities, labels):
             "expected_calibration_error": np.abs(gaps).sum().item() / len(labels)}
 
 
-def compare(split, sides, shown, labels, names):
+def compare(split, by_model, of_best, labels, names):
     """Frozen against fine-tuned, {title: probabilities}, on a split: figures, a text, and the F1 of each class."""
-    metrics = measure(shown, labels)
-    table = pd.DataFrame({title: measure(part, labels) for title, part in sides.items()})
+    metrics = measure(of_best, labels)
+    table = pd.DataFrame({title: measure(part, labels) for title, part in by_model.items()})
     present = labels.unique()
     f1 = pd.DataFrame({title: f1_score(labels, part.argmax(1), labels=present, average=None, zero_division=0)
-                       for title, part in sides.items()}, index=[names[label] for label in present])
+                       for title, part in by_model.items()}, index=[names[label] for label in present])
     lines = [f"{split}, {len(labels):,} images"]
-    if len(sides) == 2:
-        before, after = (part.argmax(1) == labels for part in sides.values())
+    if len(by_model) == 2:
+        before, after = (part.argmax(1) == labels for part in by_model.values())
         mended, spoilt = (after & ~before).sum().item(), (before & ~after).sum().item()
         p_value = binomtest(mended, mended + spoilt).pvalue if mended + spoilt else 1.0  # McNemar's test, exact
         table["difference"], change = table.iloc[:, 1] - table.iloc[:, 0], f1.iloc[:, 1] - f1.iloc[:, 0]
@@ -1070,7 +1074,7 @@ def plot_changes(f1, title):
         axes.annotate("", (f1.iloc[label, 1], place), (f1.iloc[label, 0], place), arrowprops=style)
     axes.set(xlim=(-0.02, 1.02), ylim=(-1, max(4, len(chosen))), xlabel="F1 of the class, from frozen to fine-tuned")
     axes.set_yticks(range(len(chosen)), f1.index[chosen], size=8)
-    axes.set_title(title, size=11)
+    axes.set_title(f"{title}\n{(change > 0).sum()} classes gain, {(change < 0).sum()} lose", size=10)
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -1251,11 +1255,12 @@ def train_and_report(cfg):
         model.parameters(), model.classifier.parameters(), trainable_parameters(blocks, cfg)))
     print(f"model      EfficientNet-B3, weights {cfg.weights}: {total:,} parameters\n"
           f"trained    {head:,} of these in stage 1, {head + tail:,} in stage 2")
+    run = take_up_run(model, data, cfg)
     frozen_part = FrozenLayers(backbone, cfg)
     activations = {split: frozen_activations(table, frozen_part, cfg.views if split == "train" else 0, cfg)
                    for split, table in data.tables.items() if split != "test"}
     remove_old_activations({part.fingerprint[:32] for part in activations.values()}, cfg)
-    run = take_up_run(model, data, cfg)
+    print_table(run["history"])
     train(model, blocks, activations, run, cfg)
     if "test" in data.tables:  # nobody waits for these before the training
         with wait_for(lock):

@@ -83,7 +83,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME",
+                        help=f"of {'; '.join(RECIPES)}")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/ablation"))
     args, options = parser.parse_known_args()
     program.find_images = find_halves

@@ -309,6 +309,7 @@ def test_an_edit_of_the_decoding_computes_activations_anew(again, runs, capsys):
         assert again(source) == 0
         printed = capsys.readouterr().out
         assert f"changed: code of {name};" in news(printed) and "frozen     part" in printed
+        assert printed.index("new run") < printed.index("frozen     part")  # told before the long pass
         assert len(activations(runs).keys() - before.keys()) >= 2
         before = activations(runs)
 

@@ -182,10 +182,12 @@ def test_the_lines_of_the_comparison_fit_a_terminal():
 
 
 def test_the_report_compares_on_each_split(finished):
-    """What _metrics.json and _report.txt hold is what the terminal has said."""
+    """What _metrics.json and _report.txt hold is what the terminal has said; the file begins with how it ends there."""
     folder = folder_of(finished)
     printed, report = (folder.parent / "stdout.txt").read_text(), (folder / "t_report.txt").read_text()
-    assert report.rstrip() in printed
+    parts = report.rstrip().split("\n\n")
+    assert all(part in printed for part in parts) and report.startswith("val, 9 images")
+    assert printed.rstrip().endswith(parts[1]) and parts[1].startswith("test, 6 images")
     rows = {row["epoch"]: row for row in history_of(folder)}
     for split, count in (("val", 9), ("test", 6)):
         figures = figures_of(folder, split)
