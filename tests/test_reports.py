@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ONE_EPOCH, Killed, call, draw_splits, figures_of, history_of, options_for, settings
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, log_loss
 from torchvision.models import efficientnet_b3
 
 import efficientnet_b3 as program
@@ -179,6 +179,13 @@ def test_the_lines_of_the_comparison_fit_a_terminal():
     assert not [line for line in text.splitlines() if len(line) > 80]
     head = next(line for line in text.splitlines() if "difference" in line)
     assert " frozen (epoch 8) " in head and " fine-tuned (epoch 13) " in head and head.endswith(" difference")
+
+
+def test_the_most_confused_pairs_come_first_and_equal_ones_in_the_order_of_classes():
+    labels, predicted = np.array([0, 0, 1, 1, 2, 2, 3]), np.array([1, 0, 0, 0, 3, 1, 3])
+    pairs, _ = program.describe("val", labels, predicted, confusion_matrix(labels, predicted), np.array(list("abcd")))
+    assert pairs.splitlines()[1:] == ["2 of 2 b taken for a", "1 of 2 a taken for b", "1 of 2 c taken for b",
+                                      "1 of 2 c taken for d"]
 
 
 def test_the_report_compares_on_each_split(finished):
