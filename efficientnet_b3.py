@@ -437,7 +437,7 @@ def load_image(path):
 def deal_folds(labels, cfg):
     """The head that leaves out each image, int64 [N]; for a class's only image FOLDS, the head of all images."""
     shuffled = pd.Series(labels.tolist()).sample(frac=1, random_state=mix_seed(cfg.seed, "folds") % 2**32)
-    fold = shuffled.groupby(shuffled).cumcount().sort_index() % cfg.folds
+    fold = (shuffled.groupby(shuffled).cumcount() + shuffled).sort_index() % cfg.folds  # classes start at other folds
     return torch.tensor(fold.tolist()).where(labels.bincount()[labels] > 1, cfg.folds)
 
 
@@ -487,7 +487,7 @@ class FrozenLayers:
     """A copy of layers that stand still, in the form that is fastest for inference."""
 
     def __init__(self, layers, cfg):
-        own_classes = [code_of().get(type(part).__name__) for part in layers.modules()]  # in whatever room they stand
+        own_classes = [code_of().get(type(part).__name__) for part in layers.modules()]  # in any room that counts
         self.digest = digest([str(layers), own_classes, layers.state_dict(), str(cfg.dtype), cfg.device.type])
         layers = copy.deepcopy(layers).eval()
         for module in layers.modules():
@@ -658,7 +658,7 @@ def take_up_run(model, data, cfg):
     # Test images come after the training, and decide nothing.
     images = [table[["sha256", "label"]].values.tolist() for name, table in data.tables.items() if name != "test"]
     config = {name: getattr(cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT} | {
-        "folders": data.folders, "images": digest(images), "pretrained weights": digest(model.features.state_dict()),
+        "folders": data.folders, "images": digest(images), "initial weights": digest(model.features.state_dict()),
         "device_type": cfg.device.type, "precision": str(cfg.dtype)} | {
         f"code of {name}": digest(text)[:16] for name, text in code_of().items()}
     # Beside its last model it holds the best one, and the best one of stage 1, each with the history up to it.
@@ -671,12 +671,15 @@ def take_up_run(model, data, cfg):
             old.mkdir()
             for file in files:
                 file.rename(old / file.name)
-            print(f"new run    {differs or '--fresh'}; the earlier one is in {old}, and taken back when that is undone")
+            undone = ", and taken back when that is undone" if differs.startswith("changed") else ""
+            print(f"new run    {differs or '--fresh'}; the earlier one is in {old}{undone}")
         last = None if cfg.fresh else take_back(run, cfg)
+    if cfg.fresh:
+        write_file(run_file(cfg, "last.pth"), run)  # without a row: if this is cut short, no earlier run is taken back
     if last:
         run = last | {"class_names": data.class_names}
         model.load_state_dict(run["model"])
-        export_models(run, ("best", "frozen"), cfg)
+        export_models(run, [name for name in ("best", "frozen") if run[name]], cfg)
     return run
 
 
@@ -694,16 +697,17 @@ def compare_runs(run, path):
 
 def take_back(run, cfg):
     """The last.pth of a run like this one that was moved aside earlier, whose files are moved back, or None."""
-    for folder in sorted(Path(cfg.out_dir).iterdir()):
-        if folder.name.startswith(f"{cfg.run_name}_old"):
-            last, differs = compare_runs(run, folder / f"{cfg.run_name}_last.pth")
-            if not differs:
-                # First last.pth, which is enough to go on if this is cut short.
-                for file in sorted(folder.iterdir(), key=lambda file: not file.name.endswith("_last.pth")):
-                    file.rename(Path(cfg.out_dir, file.name))
+    old = [path for path in Path(cfg.out_dir).iterdir() if path.name.startswith(f"{cfg.run_name}_old")]
+    for folder in sorted(old, key=os.path.getmtime, reverse=True):
+        last, differs = compare_runs(run, folder / f"{cfg.run_name}_last.pth")
+        if not differs:
+            for name in ["last.pth", *RUN_FILES - {"last.pth"}]:  # the first is enough to go on if this is cut short
+                with suppress(FileNotFoundError):
+                    (folder / run_file(cfg, name).name).rename(run_file(cfg, name))
+            with suppress(OSError):  # somebody's own files stay in it
                 folder.rmdir()
-                print(f"old run    nothing has changed since that of {folder}: it is taken back")
-                return last
+            print(f"old run    nothing has changed since that of {folder}: it is taken back")
+            return last
     return None
 
 
@@ -890,18 +894,17 @@ def find_class_folders(folder, cfg):
 
 
 def files_below(folder):
-    """All visible files in a folder and its folders; no link to a folder above is followed."""
+    """All visible files in a folder and its folders."""
     for path in visible(folder):
-        if not path.is_dir():
-            yield path
-        elif os.path.realpath(path) not in map(os.path.realpath, Path(os.path.abspath(path)).parents):
-            yield from files_below(path)
+        yield from files_below(path) if path.is_dir() else [path]
 
 
 def visible(folder):
-    """What a folder holds, sorted by name, without hidden files, the names of classes and any OUT_DIR."""
+    """What a folder holds, sorted by name, without hidden files, links to a folder above, names of classes, OUT_DIR."""
+    above = set(map(os.path.realpath, Path(os.path.abspath(folder), "inside").parents))
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-            and path.name != "cat_to_name.json" and not (path / "activations").is_dir()]
+            and path.name != "cat_to_name.json" and not os.path.exists(path / ".images.lock")
+            and not (path.is_dir() and os.path.realpath(path) in above)]
 
 
 def only_images(files, wanted, stream):
@@ -932,13 +935,14 @@ def load_pretrained(weights):
     if weights == "none":
         return None
     if weights == "IMAGENET1K_V1":
-        with explained(f"cannot download the ImageNet weights, or not load them from {torch.hub.get_dir()}: try again, "
-                       "set --weights, or try --demo", Exception):
+        with explained(f"cannot load the ImageNet weights: delete what an earlier download has left in "
+                       f"{torch.hub.get_dir()}, try again, set --weights, or try --demo", Exception):
             state = EfficientNet_B3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
     else:
         state = load_checkpoint(weights)
+    state = state if isinstance(state, dict) else {}
     for name in ("model", "state_dict"):  # under which checkpoints hold a state dict; its keys may have prefixes
-        state = state.get(name, state) if isinstance(state, dict) else {}
+        state = state[name] if isinstance(state.get(name), dict) else state
     state = {re.sub(r"^.*?(?=features\.)", "", str(key)): value for key, value in state.items()}
     wanted = build_model(2).features.state_dict(prefix="features.")
     shapes = {key: value.shape for key, value in state.items() if torch.is_tensor(value) and value.isfinite().all()}
@@ -972,16 +976,18 @@ def report(model, blocks, activations, data, run, cfg):
                 probabilities = predict_logits(nn.Sequential(), model.classifier, features.tensor, cfg).softmax(1)
                 epoch = state["history"][-1]["epoch"]
                 by_model[f"{title} (epoch {epoch})"] = probabilities
-        of_best = list(by_model.values())[-1 if tuned is run["best"] else 0]
+        best = list(by_model)[-1 if tuned is run["best"] else 0]
+        of_best = by_model[best]
         model.load_state_dict(run["best"]["model"])  # its mistakes are shown
-        metrics[split], text, f1 = compare(split, by_model, of_best, part.labels, short)
+        metrics[split], text, f1 = compare(split, by_model, best, part.labels, short)
         comparisons.append(text)
         values, likeliest = (top.numpy() for top in of_best.topk(min(5, len(names))))
         confusion = confusion_matrix(part.labels, likeliest[:, 0], labels=range(len(names)))
         texts += describe(split, part.labels, likeliest[:, 0], confusion, names)
         predictions.append(pd.DataFrame({
             "file": [os.path.relpath(path, cfg.data_dir) for path in data.tables[split].path], "split": split,
-            "true": names[part.labels], "frozen": names[next(iter(by_model.values())).argmax(1)],
+            "true": names[part.labels],
+            **{title.partition(" (")[0]: names[shares.argmax(1)] for title, shares in by_model.items()},
             "predicted": names[likeliest[:, 0]],
             "probability": [round(value, 4) for value in values[:, 0].tolist()],
             "top5": ["; ".join(five) for five in names[likeliest]]}, dtype=object))
@@ -1037,10 +1043,10 @@ def measure(probabilities, labels):
             "expected_calibration_error": np.abs(gaps).sum().item() / len(labels)}
 
 
-def compare(split, by_model, of_best, labels, names):
+def compare(split, by_model, best, labels, names):
     """Frozen against fine-tuned, {title: probabilities}, on a split: figures, a text, and the F1 of each class."""
-    metrics = measure(of_best, labels)
-    table = pd.DataFrame({title: measure(part, labels) for title, part in by_model.items()})
+    figures = {title: measure(part, labels) for title, part in by_model.items()}
+    metrics, table = figures[best].copy(), pd.DataFrame(figures)
     present = labels.unique()
     f1 = pd.DataFrame({title: f1_score(labels, part.argmax(1), labels=present, average=None, zero_division=0)
                        for title, part in by_model.items()}, index=[names[label] for label in present])
@@ -1056,7 +1062,7 @@ def compare(split, by_model, of_best, labels, names):
         for word, part in (("gained", change[change > 0].nlargest(5)), ("lost", change[change < 0].nsmallest(5))):
             lines.append(f"F1 {word} most:" + " none" * part.empty)
             lines += [f"  {gain:+.3f}  {name}" for name, gain in part.items()]
-        metrics |= dict(zip(("frozen", "fine_tuned"), table.iloc[:, :2].to_dict().values()))
+        metrics |= dict(zip(("frozen", "fine_tuned"), figures.values()))
         metrics |= {"mended": mended, "spoilt": spoilt, "mcnemar_p_value": p_value}
     lines.insert(1, table.drop("images").to_string(float_format="%.4f"))
     return metrics, "\n".join(lines), f1
@@ -1159,15 +1165,14 @@ def predict(cfg):
     for path in map(Path, cfg.predict):
         if not os.path.exists(path):  # which a name that is too long does not
             raise UserError(f"{path} does not exist: name images or folders")
-        files = [path] if path.is_file() else list(files_below(path))
-        paths += files if path.is_file() else only_images(files, set(files), sys.stderr)
+        paths += only_images(files := list(files_below(path)), files, sys.stderr) if path.is_dir() else [path]
     if not paths:
         raise UserError(f"no images in {listing(cfg.predict)}")
     checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth")
     state = load_checkpoint(checkpoint, ("model", "config", "class_names"), of_config=("img_size", "crop"))
     config, names = state["config"], state["class_names"]
     cfg.img_size, cfg.crop = config["img_size"], config["crop"]
-    without = NOT_FROZEN | {"Frozen activations", "Fast passes", "Activation files"}
+    without = NOT_FROZEN | {"Frozen activations", "Activation files"}
     code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=without).items()}
     if changed := [key for key in code if config.get(key) != code[key]]:
         print(f"note: this checkpoint was trained with another {listing(changed)}", file=sys.stderr)
@@ -1239,7 +1244,7 @@ def train_and_report(cfg):
     """The whole run: data, model, activations, both stages, reports."""
     socket.setdefaulttimeout(60)  # no download waits for ever
     print(f"device     {cfg.device}, {str(cfg.dtype).removeprefix('torch.')}")
-    lock = FileLock(Path(cfg.out_dir, "activations", ".images.lock"))
+    lock = FileLock(Path(cfg.out_dir, ".images.lock"))
     with wait_for(lock):  # two runs that start together would download into the same files
         if cfg.demo:
             print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
@@ -1309,7 +1314,8 @@ def broken_rules(cfg):
         "TRAIN_SPLITS must be train, or train val": set(cfg.train_splits) in ({"train"}, {"train", "val"}),
         "EVAL_SPLITS must be val, test or both": set(cfg.eval_splits) in ({"val"}, {"test"}, {"val", "test"}),
         "HEAD_INIT must be lda or random": cfg.head_init in ("lda", "random"),
-        "RUN_NAME must be a file name": cfg.run_name.strip(".") and cfg.run_name == Path(cfg.run_name).name,
+        "RUN_NAME must be a file name": (cfg.run_name == Path(cfg.run_name).name and cfg.run_name.strip(".")
+                                         and len(os.fsencode(cfg.run_name)) < 200),
         "OUT_DIR must be another folder than DATA_DIR": Path(cfg.out_dir).resolve() != Path(cfg.data_dir).resolve(),
         "UNFREEZE_LAST_BLOCKS must be from 0 to 9": 0 <= cfg.unfreeze_last_blocks <= 9,
         "CROP must be from 0 to 1": 0 <= cfg.crop <= 1,
@@ -1452,22 +1458,28 @@ def code_of(without=frozenset()):
     """
     without = {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
                "Command line", "Helpers", *without}
-    definitions, rooms = {}, re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)[1:]
+    definitions, imports, used = {}, {}, set()
+    rooms = ["Start", *re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)]
     for room, text in zip(rooms[::2], rooms[1::2]):
-        for node in ast.parse(text).body if room not in without else ():
-            for part in ast.walk(node):
-                if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
-                    part.body = part.body[1:] or [ast.Pass()]
+        for node in without_docstrings(ast.parse(text)).body if room not in without else ():
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imports |= {part.asname or part.name: ast.unparse(node).split(" import ")[0] + part.name
+                            for part in node.names}
+                continue
+            used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
             name = getattr(node, "name", ast.unparse(node).split(" = ")[0])
             if name not in map(str.upper, CONSTANTS):  # which count by their values
                 definitions[name] = definitions.get(name, "") + ast.unparse(node)
-    used = set(re.findall(r"\w+", str(definitions)))
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            for alias in node.names:
-                if (name := alias.asname or alias.name.partition(".")[0]) in used:
-                    definitions[f"import {name}"] = f"{getattr(node, 'module', '')} {alias.name}"
-    return definitions
+    definitions |= {f"import {name}": what for name, what in imports.items() if name in used}
+    return dict(sorted(definitions.items()))
+
+
+def without_docstrings(tree):
+    """A syntax tree without the docstrings of its modules, classes and functions."""
+    for part in ast.walk(tree):
+        if isinstance(part, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+            part.body = part.body[1:] or [ast.Pass()]
+    return tree
 
 
 if __name__ == "__main__":

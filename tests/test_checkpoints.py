@@ -149,7 +149,8 @@ def test_a_changed_run_moves_the_old_files_aside_and_says_how_to_get_back(traine
         capsys.readouterr()
         assert call([*options, "--fresh"] if change == "--fresh" else options) == 0
         line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("new run")]
-        assert change in line and str(runs / f"t_old{number}") in line and "back" in line
+        assert change in line and str(runs / f"t_old{number}") in line
+        assert ("taken back" in line) == (change != "--fresh")
         assert {path.name: path.read_bytes() for path in (runs / f"t_old{number}").iterdir()} == before
 
 
@@ -163,9 +164,30 @@ def test_an_edit_that_is_undone_takes_the_earlier_run_back(trained, no_report, t
         capsys.readouterr()
         assert call(options) == 0 and same(checkpoints(runs), state)
         assert "taken back" in capsys.readouterr().out and len(list(runs.glob("t_old*"))) == 1
-    with pytest.raises(TypeError):  # nothing is taken back where the run is to start anew
-        call([*other, "--fresh"])
-    assert len(list(runs.glob("t_old*"))) == 2
+    assert not any(path.is_dir() for path in runs.glob("t_*.*"))
+
+
+def test_what_fresh_has_discarded_does_not_come_back(trained, no_report, tmp_path, monkeypatch, capsys):
+    """Neither when the new run is stopped before its first row, nor before that one when an edit is undone."""
+    runs = tmp_path / "runs"
+    (runs / "t_old1").mkdir()
+    (runs / "t_old1" / "notes.txt").write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(program, "end_epoch", None)
+        call([*trained, "--fresh"])
+    assert call(trained) == 0 and "taken back" not in capsys.readouterr().out
+    newest = (runs / "t_last.pth").read_bytes()
+    assert call([*trained, "--seed", "1"]) == call(trained) == 0
+    assert "taken back" in capsys.readouterr().out and (runs / "t_last.pth").read_bytes() == newest
+
+
+def test_files_of_others_are_left_where_they_are(trained, no_report, tmp_path):
+    runs = tmp_path / "runs"
+    assert call([*trained, "--seed", "1"]) == 0
+    for place in (runs, runs / "t_old1"):
+        (place / "notes.txt").write_text(place.name)
+    assert call(trained) == 0 and (runs / "t_old1" / "notes.txt").read_text() == "t_old1"
+    assert (runs / "notes.txt").read_text() == "runs"
 
 
 @pytest.mark.parametrize("moves", [1, 2, 3, 8, 9, 10, 11])

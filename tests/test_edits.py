@@ -195,7 +195,17 @@ def test_another_import_under_a_name_that_decides_results_counts(original, tmp_p
     assert changes(other, original) == {"import PolynomialLR"} and fingerprint(other) == original.fingerprint
     other = load(SOURCE.replace("import Image, ImageOps", "import Image, ImageDraw as ImageOps"), tmp_path)
     assert changes(other, original) == {"import ImageOps"} and fingerprint(other) != original.fingerprint
-    assert not changes(load(SOURCE.replace(line, f"{line}\nimport csv"), tmp_path), original)
+    for news in ("import csv", "import torch.hub"):
+        assert not changes(load(SOURCE.replace(line, f"{line}\n{news}"), tmp_path), original)
+    swapped = SOURCE.replace("import numpy as np\n", "").replace(line, f"import numpy as np\n{line}")
+    swapped = load(swapped, tmp_path)
+    assert not changes(swapped, original) and fingerprint(swapped) == original.fingerprint
+
+
+def test_a_statement_between_imports_and_constants_counts(original, tmp_path):
+    line = "# ---- Configuration"
+    other = load(SOURCE.replace(line, f"torch.set_float32_matmul_precision('highest')\n\n{line}", 1), tmp_path)
+    assert len(changes(other, original)) == 1 and fingerprint(other) != original.fingerprint
 
 
 def test_a_room_that_is_added_counts(original, tmp_path):

@@ -142,6 +142,12 @@ def test_every_class_is_dealt_evenly_and_every_image_left_out_once(options):
     assert not torch.equal(heads.targets, heads_for(LABELS, options, "--folds", "4", "--seed", "1").targets)
 
 
+def test_folds_are_of_equal_size_where_classes_have_no_multiple_of_them(options):
+    """Classes of six among five folds: no fold has a second image of each."""
+    sizes = heads_for(torch.arange(20).repeat(6), options, "--folds", "5", classes=20).unseen_by.bincount()
+    assert sizes.sum() == 120 and sizes.max() - sizes.min() <= 1
+
+
 def test_a_classs_only_image_is_seen_by_every_head(options):
     heads = heads_for(torch.tensor([0] * 6 + [1]), options, classes=2)
     assert (heads.targets[:, 6] == 1).all()

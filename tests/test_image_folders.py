@@ -239,12 +239,18 @@ def test_what_runs_make_is_never_data(options, own_images, tmp_path, monkeypatch
         assert "3 classes; images: 15 train, 3 val" in printed and "passed over" not in printed
 
 
-def test_an_interrupted_run_leaves_no_data_either(find, own_images, tmp_path):
+def test_runs_are_no_data_without_their_activations_either(options, find, own_images, monkeypatch):
     folder = own_images / "train"
-    (folder / "runs" / "activations").mkdir(parents=True)
-    (folder / "runs" / "activations" / f"{0:032x}.bin").write_bytes(b"0" * 99)
-    (folder / "runs" / "activations" / ".images.lock").touch()
+    monkeypatch.chdir(folder)
+    assert call([*options, *ONE_EPOCH, "--data-dir", ".", "--out-dir", "runs"]) == 0
+    shutil.rmtree(folder / "runs" / "activations")
     assert find(folder).folders == NAMES
+
+
+def test_a_class_called_activations_is_a_class(find, own_images):
+    for split in ("train", "val", "test"):
+        (own_images / split / "red").rename(own_images / split / "activations")
+    assert find(own_images).folders == ["activations", "blue", "yellow"]
 
 
 @pytest.mark.parametrize("name", ["growth_history.csv", ".sync.lock", "x.lock"])
@@ -255,7 +261,7 @@ def test_a_class_that_holds_a_file_of_another_program_is_none_of_a_run(name, fin
 
 @pytest.mark.parametrize("target", [".", "..", "../.."])
 def test_links_upwards_are_not_entered(target, find, own_images):
-    for name in NAMES:
+    for name in (*NAMES, ""):
         (own_images / "train" / name / "again").symlink_to(target)
     assert counts(find(own_images)) == {"train": 18, "val": 9}
     assert classes(find(own_images / "train")) == dict.fromkeys(NAMES, 5)
@@ -352,7 +358,7 @@ def test_two_runs_that_start_at_once_look_at_the_images_one_after_the_other(opti
 
     def alone(name, work, *args):
         with pytest.raises(Timeout):
-            FileLock(tmp_path / "runs" / "activations" / ".images.lock", timeout=0).acquire()
+            FileLock(tmp_path / "runs" / ".images.lock", timeout=0).acquire()
         asked.append(name)
         return work(*args)
 

@@ -92,6 +92,12 @@ def test_workers_say_the_same(finished, images, capsys):
     assert told[0] == told[1] and len(answers(told[0])) == 15
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there is no /dev/null")
+def test_what_is_no_file_is_named_in_its_turn(finished, capsys):
+    assert call([*finished, "--predict", "/dev/null"]) == 1
+    assert "cannot read /dev/null" in capsys.readouterr().err
+
+
 def test_hidden_files_are_not_asked_about(finished, images, capsys):
     for name in ("._a.png", ".hidden/0.png"):
         draw(images / "0.png", (1, 2, 3), 0)
@@ -186,7 +192,8 @@ def test_what_a_checkpoint_of_an_earlier_version_lacks_is_said(finished, runs, i
 def test_a_checkpoint_of_other_code_is_said_to_be_one(finished, runs, images, monkeypatch, capsys):
     """Whoever edits how images are seen is told; whoever edits the training need not be."""
     state = torch.load(runs / "t_best.pth", weights_only=True)
-    for name, told in (("make_transforms", True), ("load_image", True), ("train_one_epoch", False)):
+    for name, told in (("make_transforms", True), ("load_image", True), ("average_pool", True),
+                       ("train_one_epoch", False)):
         assert state["config"][f"code of {name}"]
         config = state["config"] | {f"code of {name}": "another"}
         torch.save(state | {"config": config}, images / "other.pth")

@@ -133,8 +133,8 @@ def test_the_comparison_against_figures_by_hand():
     labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
     before = probabilities_of([1, 1, 0, 0, 0, 0, 0, 1, 2, 2, 2, 0])
     after = probabilities_of([0, 0, 0, 0, 1, 1, 1, 1, 0, 2, 2, 0], 0.9)
-    figures, text, f1 = program.compare("val", {"frozen (epoch 3)": before, "fine-tuned (epoch 9)": after}, after, labels,
-                                        ["a", "b", "c"])
+    figures, text, f1 = program.compare("val", {"frozen (epoch 3)": before, "fine-tuned (epoch 9)": after},
+                                        "fine-tuned (epoch 9)", labels, ["a", "b", "c"])
     assert (figures["mended"], figures["spoilt"]) == (5, 1) and figures["mcnemar_p_value"] == pytest.approx(14 / 64)
     assert figures["frozen"]["accuracy"] == 0.5 and figures["fine_tuned"]["accuracy"] == pytest.approx(10 / 12)
     assert figures["accuracy"] == figures["fine_tuned"]["accuracy"]
@@ -153,7 +153,7 @@ def test_the_comparison_against_figures_by_hand():
 def test_a_class_without_images_in_a_split_counts_in_no_mean():
     labels = torch.tensor([0, 0, 2, 2])
     told = probabilities_of([0, 0, 2, 1])
-    figures, _, f1 = program.compare("val", {"frozen (epoch 0)": told}, told, labels, ["a", "b", "c"])
+    figures, _, f1 = program.compare("val", {"frozen (epoch 0)": told}, "frozen (epoch 0)", labels, ["a", "b", "c"])
     assert f1.index.tolist() == ["a", "c"] and f1.iloc[:, 0].mean() == pytest.approx(figures["macro_f1"])
     _, text = program.describe("val", labels, told.argmax(1), np.eye(3, dtype=int), np.array(["a", "b", "c"]))
     macro, = (line.split() for line in text.splitlines() if "macro avg" in line)
@@ -162,8 +162,8 @@ def test_a_class_without_images_in_a_split_counts_in_no_mean():
 
 def test_equal_models_are_no_difference():
     same = probabilities_of([0, 1, 1])
-    figures, text, _ = program.compare("val", {"frozen (epoch 0)": same, "fine-tuned (epoch 1)": same}, same,
-                                       torch.tensor([0, 1, 2]), ["a", "b", "c"])
+    by_model = {"frozen (epoch 0)": same, "fine-tuned (epoch 1)": same}
+    figures, text, _ = program.compare("val", by_model, "frozen (epoch 0)", torch.tensor([0, 1, 2]), ["a", "b", "c"])
     assert figures["mended"] == figures["spoilt"] == 0 and figures["mcnemar_p_value"] == 1
     assert text.count("none") == 2
 
@@ -174,8 +174,8 @@ def test_the_lines_of_the_comparison_fit_a_terminal():
     labels = torch.randint(0, 102, (6149,), generator=generator)
     names = [f"{number:03d} {'x' * 32}" for number in range(102)]
     before, after = (torch.randn(6149, 102, generator=generator).softmax(1) for _ in range(2))
-    sides = {"frozen (epoch 8)": before, "fine-tuned (epoch 13)": after}
-    _, text, _ = program.compare("test", sides, after, labels, names)
+    by_model = {"frozen (epoch 8)": before, "fine-tuned (epoch 13)": after}
+    _, text, _ = program.compare("test", by_model, "fine-tuned (epoch 13)", labels, names)
     assert not [line for line in text.splitlines() if len(line) > 80]
     head = next(line for line in text.splitlines() if "difference" in line)
     assert " frozen (epoch 8) " in head and " fine-tuned (epoch 13) " in head and head.endswith(" difference")
