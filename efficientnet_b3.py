@@ -1165,7 +1165,7 @@ def predict(cfg):
     for path in map(Path, cfg.predict):
         if not os.path.exists(path):  # which a name that is too long does not
             raise UserError(f"{path} does not exist: name images or folders")
-        paths += only_images(files := list(files_below(path)), files, sys.stderr) if path.is_dir() else [path]
+        paths += only_images(files := list(files_below(path)), set(files), sys.stderr) if path.is_dir() else [path]
     if not paths:
         raise UserError(f"no images in {listing(cfg.predict)}")
     checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth")
