@@ -582,7 +582,7 @@ def start_worker(expected, _number):
 
 
 def keep_freed_memory():
-    """Have Linux's malloc keep what a step frees for the next one: to get it anew, cleared, is a tenth of the time."""
+    """Have Linux's malloc keep what a step frees for the next one: to get it anew costs a tenth of a float32 step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -866,8 +866,8 @@ def find_class_folders(folder, cfg):
     places = {SPLIT_FOLDERS[path.name.lower()]: path for path in splits} or {"train": folder}
     if len(places) < len(splits):
         raise UserError(f"{folder} holds a split twice: {listing([path.name for path in splits], 9)}")
-    origin = {path: (split, part.name) for split, place in places.items() for part in folders_in(place)
-              for path in files_below(part)}
+    classes = [(split, path) for split, place in places.items() for path in folders_in(place)]
+    origin = {file: (split, path.name) for split, path in classes for file in files_below(path)}
     # Strings of pyarrow, where it is installed, cannot hold names that no encoding has.
     table = pd.DataFrame([(*origin[path], path) for path in only_images(list(files_below(folder)), origin, sys.stdout)],
                          columns=["split", "name", "path"], dtype=object)
@@ -876,17 +876,16 @@ def find_class_folders(folder, cfg):
         raise UserError(f"{folder} holds {inside}: expected two or more folders of images, one per class, alone or "
                         "within train/, val/ and test/")
     # A class without images in one split would never be learned, or never be measured.
-    wanted = {(split, part.name) for split in places.keys() & {"train", "val", *cfg.eval_splits}
-              for place in places.values() for part in folders_in(place)}
+    wanted = {(split, path.name) for split in places.keys() & {"train", "val", *cfg.eval_splits} for _, path in classes}
     if lacking := [places[split] / name for split, name in sorted(wanted - set(zip(table.split, table.name)))]:
         raise UserError(f"each class needs images in each split; missing or empty: {listing(lacking)}")
     if "val" not in places and "val" not in cfg.train_splits:
         print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, at least one, are drawn by SEED")
         shuffled = table[table.split == "train"].sample(frac=1, random_state=mix_seed(cfg.seed, "validation") % 2**32)
-        classes = shuffled.groupby("name").name
-        size = classes.transform("size")
+        by_class = shuffled.groupby("name").name
+        size = by_class.transform("size")
         lent = (cfg.val_fraction * size).round().clip(lower=1).clip(upper=size - 1)  # each class keeps one
-        table.loc[shuffled.index[classes.cumcount() < lent], "split"] = "val"
+        table.loc[shuffled.index[by_class.cumcount() < lent], "split"] = "val"
     file = folder / "cat_to_name.json"
     with explained(f"{file} is no JSON object of folders and names: mend or remove it", ValueError, TypeError):
         titles = dict(json.loads(file.read_text("utf-8-sig"))) if file.is_file() else {}
@@ -935,9 +934,10 @@ def load_pretrained(weights):
     if weights == "none":
         return None
     if weights == "IMAGENET1K_V1":
-        with explained(f"cannot load the ImageNet weights: delete what an earlier download has left in "
-                       f"{torch.hub.get_dir()}, try again, set --weights, or try --demo", Exception):
-            state = EfficientNet_B3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+        official = EfficientNet_B3_Weights.IMAGENET1K_V1
+        file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(official.url))
+        with explained(f"cannot download or load {file}: set --weights, or try --demo", Exception):
+            state = official.get_state_dict(check_hash=True)
     else:
         state = load_checkpoint(weights)
     state = state if isinstance(state, dict) else {}
@@ -1463,8 +1463,8 @@ def code_of(without=frozenset()):
     for room, text in zip(rooms[::2], rooms[1::2]):
         for node in without_docstrings(ast.parse(text)).body if room not in without else ():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                imports |= {part.asname or part.name: ast.unparse(node).split(" import ")[0] + part.name
-                            for part in node.names}
+                module = getattr(node, "module", "")
+                imports |= {part.asname or part.name: f"{module} {part.name}" for part in node.names}
                 continue
             used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
             name = getattr(node, "name", ast.unparse(node).split(" = ")[0])
