@@ -373,8 +373,8 @@ def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
             features = blocks(activations.to(cfg.device)).float()
         loss = heads.loss(features, images)
         if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower the learning rates, or "
-                            "set --no-amp; earlier epochs are saved")
+            raise UserError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower the learning rates, "
+                            "set --no-amp, or look at the initial weights; earlier epochs are saved")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -651,10 +651,7 @@ WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", 
 
 
 def take_up_run(model, data, cfg):
-    """The run as it stands in its last.pth, a dict; the files of a run that differs in anything are moved aside.
-
-    Those that were moved aside earlier, and do not differ, are taken back: an edit that is undone costs no training.
-    """
+    """The run as it stands in its last.pth, a dict; the files of a run that differs in anything are moved aside."""
     # Test images come after the training, and decide nothing.
     images = [table[["sha256", "label"]].values.tolist() for name, table in data.tables.items() if name != "test"]
     config = {name: getattr(cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT} | {
@@ -664,51 +661,24 @@ def take_up_run(model, data, cfg):
     # Beside its last model it holds the best one, and the best one of stage 1, each with the history up to it.
     run = {"model": {key: value.cpu().clone() for key, value in model.state_dict().items()}, "config": config,
            "class_names": data.class_names, "history": [], "trainer": None, "best": None, "frozen": None}
-    last, differs = compare_runs(run, run_file(cfg, "last.pth"))
-    if differs or cfg.fresh:
-        if files := [file for file in (run_file(cfg, name) for name in RUN_FILES) if file.exists()]:
-            old = next(path for number in count(1) if not (path := run_file(cfg, f"old{number}")).exists())
-            old.mkdir()
-            for file in files:
-                file.rename(old / file.name)
-            undone = ", and taken back when that is undone" if differs.startswith("changed") else ""
-            print(f"new run    {differs or '--fresh'}; the earlier one is in {old}{undone}")
-        last = None if cfg.fresh else take_back(run, cfg)
-    if cfg.fresh:
-        write_file(run_file(cfg, "last.pth"), run)  # without a row: if this is cut short, no earlier run is taken back
-    if last:
+    try:
+        last = load_checkpoint(run_file(cfg, "last.pth"), run)
+        changed = sorted(key for key in config | last["config"] if config.get(key) != last["config"].get(key))
+        differs = f"changed: {listing(changed, 9)}" if changed else ""
+    except UserError as error:
+        differs = str(error)
+    if not differs and not cfg.fresh:
         run = last | {"class_names": data.class_names}
         model.load_state_dict(run["model"])
-        export_models(run, [name for name in ("best", "frozen") if run[name]], cfg)
+        export_models(run, ("best", "frozen"), cfg)
+    elif files := [file for file in (run_file(cfg, name) for name in RUN_FILES) if file.exists()]:
+        old = next(path for number in count(1) if not (path := run_file(cfg, f"old{number}")).exists())
+        old.mkdir()
+        for file in files:
+            file.rename(old / file.name)
+        print(f"new run    {differs or '--fresh'}; the earlier one is in {old}: to go on with it, undo what has changed "
+              f"and move its files back to {old.parent}")
     return run
-
-
-def compare_runs(run, path):
-    """The run in a last.pth, or None, and what keeps `run` from going on with it, if anything."""
-    try:
-        last = load_checkpoint(path, run)
-    except UserError as error:
-        return None, str(error)
-    config, other = run["config"], last["config"]
-    changed = sorted(key for key in config | other if config.get(key) != other.get(key))
-    hint = " (--no-amp from the start keeps one precision)" * ("precision" in changed)
-    return last, f"changed: {listing(changed, 9)}{hint}" * bool(changed)
-
-
-def take_back(run, cfg):
-    """The last.pth of a run like this one that was moved aside earlier, whose files are moved back, or None."""
-    old = [path for path in Path(cfg.out_dir).iterdir() if path.name.startswith(f"{cfg.run_name}_old")]
-    for folder in sorted(old, key=os.path.getmtime, reverse=True):
-        last, differs = compare_runs(run, folder / f"{cfg.run_name}_last.pth")
-        if not differs:
-            for name in ["last.pth", *RUN_FILES - {"last.pth"}]:  # the first is enough to go on if this is cut short
-                with suppress(FileNotFoundError):
-                    (folder / run_file(cfg, name).name).rename(run_file(cfg, name))
-            with suppress(OSError):  # somebody's own files stay in it
-                folder.rmdir()
-            print(f"old run    nothing has changed since that of {folder}: it is taken back")
-            return last
-    return None
 
 
 def save_epoch(row, better, model, parts, run, cfg):
@@ -723,7 +693,8 @@ def save_epoch(row, better, model, parts, run, cfg):
     write_file(run_file(cfg, "last.pth"), run)
     export_models(run, better, cfg)
     print_epoch(run["history"])
-    write_history(run, cfg)
+    with suppress(PermissionError):  # of a table that is open elsewhere, on Windows; the report tries again
+        write_history(run, cfg)
 
 
 def export_models(run, names, cfg):
@@ -791,14 +762,6 @@ def write_file(path, content):
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def write_output(path, content):
-    """Write a table or a picture; where it cannot be replaced, as it is open elsewhere, say so and go on."""
-    try:
-        write_file(path, content)
-    except OSError as error:
-        print(f"note       cannot write {path} ({error.strerror}): the run goes on, and will try again")
 
 
 # ---- Images and weights ----------------------------------------------------------------------------------------------
@@ -944,12 +907,9 @@ def load_pretrained(weights):
     for name in ("model", "state_dict"):  # under which checkpoints hold a state dict; its keys may have prefixes
         state = state[name] if isinstance(state.get(name), dict) else state
     state = {re.sub(r"^.*?(?=features\.)", "", str(key)): value for key, value in state.items()}
-    wanted = build_model(2).features.state_dict(prefix="features.")
-    shapes = {key: value.shape for key, value in state.items() if torch.is_tensor(value) and value.isfinite().all()}
-    if odd := [key for key in wanted if shapes.get(key) != wanted[key].shape]:
-        raise UserError(f"{weights} holds other weights than torchvision's EfficientNet-B3: {listing(odd)} missing, of "
-                        "another shape or not finite")
-    return {key: state[key].detach().float() for key in wanted}
+    backbone = {key: value for key, value in state.items() if key.startswith("features.")}
+    with explained(f"{weights} does not fit torchvision's EfficientNet-B3", RuntimeError):
+        return build_model(2, backbone).features.state_dict(prefix="features.")
 
 
 # ---- Reports ---------------------------------------------------------------------------------------------------------
@@ -994,11 +954,11 @@ def report(model, blocks, activations, data, run, cfg):
         write_figures(model, data.tables[split], of_best, confusion, f1, short, split, ending, cfg)
     write_history(run, cfg, at_once=True)
     epoch = run["best"]["history"][-1]["epoch"]
-    write_output(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
+    write_file(run_file(cfg, "metrics.json"), json.dumps({"best_epoch": epoch, "splits": metrics}, indent=1) + "\n")
     if activations:
-        write_output(run_file(cfg, "predictions.csv"), pd.concat(predictions).to_csv(index=False))
+        write_file(run_file(cfg, "predictions.csv"), pd.concat(predictions).to_csv(index=False))
         texts.append(f"best epoch: {epoch}")
-        write_output(run_file(cfg, "report.txt"), "\n\n".join(comparisons + texts) + "\n")
+        write_file(run_file(cfg, "report.txt"), "\n\n".join(comparisons + texts) + "\n")
         print("\n" + "\n\n".join(texts + comparisons))
     else:
         print("\nno report: no images are held out, and no test images evaluated")
@@ -1010,13 +970,13 @@ def write_figures(model, table, of_best, confusion, f1, names, split, ending, cf
     with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.family": fonts}):
         warnings.simplefilter("ignore")  # of letters that no font has
         figure = plot_confusion_matrix(confusion, names, "Confusion matrix" + title)
-        write_output(run_file(cfg, "confusion_matrix" + ending), figure)
+        write_file(run_file(cfg, "confusion_matrix" + ending), figure)
         figure = plot_mistakes(model, table, of_best, names, "Worst mistakes" + title, cfg)
-        write_output(run_file(cfg, "mistakes" + ending), figure)
+        write_file(run_file(cfg, "mistakes" + ending), figure)
         if f1.shape[1] == 2:
             means = ", ".join(f"{mean:.3f} {title}" for title, mean in f1.mean().items())
             figure = plot_changes(f1, f"F1 of classes, {split} split: mean {means}")
-            write_output(run_file(cfg, "frozen_vs_fine_tuned" + ending), figure)
+            write_file(run_file(cfg, "frozen_vs_fine_tuned" + ending), figure)
 
 
 def describe(split, labels, predicted, confusion, names):
@@ -1089,8 +1049,8 @@ def write_history(run, cfg, at_once=False):
     """Write config.json, history.csv, and, at most every ten seconds unless `at_once`, the curves."""
     table, file = pd.DataFrame(run["history"]), run_file(cfg, "acc.png")
     config = {name: getattr(cfg, name) for name in CONSTANTS} | run["config"]
-    write_output(run_file(cfg, "config.json"), json.dumps(config, indent=1, default=str) + "\n")
-    write_output(run_file(cfg, "history.csv"), table.to_csv(index=False))
+    write_file(run_file(cfg, "config.json"), json.dumps(config, indent=1, default=str) + "\n")
+    write_file(run_file(cfg, "history.csv"), table.to_csv(index=False))
     if file.exists() and time.time() - file.stat().st_mtime < 10 and not at_once:
         return
     blue, orange, green = sns.color_palette("colorblind")[:3]
@@ -1109,7 +1069,7 @@ def write_history(run, cfg, at_once=False):
         axes.set_xticks(range(len(table)), table.epoch, rotation=90 if len(table) > 20 else 0)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        write_output(run_file(cfg, f"{key}.png"), figure)
+        write_file(run_file(cfg, f"{key}.png"), figure)
 
 
 def plot_confusion_matrix(confusion, names, title):
@@ -1347,7 +1307,7 @@ def choose_device(cfg):
 
 
 def main(argv=()):
-    """The program; returns its exit code: 2 for bad input, 1 for failures, 130 for Ctrl-C, 141 for a closed pipe."""
+    """The program; returns its exit code: 2 for bad input, 1 for failures, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without the letters of a name shows their codes
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -1371,9 +1331,6 @@ def main(argv=()):
         return 0
     except UserError as error:
         code, message = 2, str(error).rpartition("UserError: ")[2].strip()  # from a worker it comes with its traceback
-    except BrokenPipeError:  # the reader, say `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except KeyboardInterrupt:
         saved = "" if cfg.predict else ": what is done is saved, and the same command without --fresh goes on"
         print(f"stopped{saved}", file=sys.stderr)

@@ -274,8 +274,8 @@ def run_once(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run")
     module = load(SOURCE, folder)
-    write = module.write_output
-    module.write_output = lambda path, content: None if path.suffix == ".png" else write(path, content)
+    write = module.write_file
+    module.write_file = lambda path, content: None if path.suffix == ".png" else write(path, content)
     assert module.main(run_options(draw_splits(folder / "own"), folder / "runs")) == 0
     return folder
 

@@ -64,8 +64,9 @@ def test_weights_are_freed_of_what_trainers_wrap_around_them(kind, weights):
     loaded = program.load_pretrained(str(weights))
     assert loaded.keys() == {key for key in state if key.startswith("features.")}
     tolerance = 1e-2 if kind == "half precision" else 0
-    assert all(torch.allclose(loaded[key], state[key].float(), rtol=tolerance, atol=tolerance) for key in loaded)
-    assert all(value.dtype == torch.float32 and not value.requires_grad for value in loaded.values())
+    for key, value in loaded.items():
+        torch.testing.assert_close(value, state[key], rtol=tolerance, atol=tolerance)  # of the same type
+        assert not value.requires_grad
     program.build_model(7, loaded)  # whose classifier is of another size
 
 
@@ -101,11 +102,6 @@ def other_shape():
     return {**state, FIRST: torch.zeros(3)}
 
 
-def diverged():
-    state = program.build_model(2).state_dict()
-    return {**state, FIRST: state[FIRST] * float("nan")}
-
-
 def timm_names():
     return {"conv_stem.weight": torch.zeros(40, 3, 3, 3), "blocks.0.0.conv_dw.weight": torch.zeros(1),
             "classifier.weight": torch.zeros(2, 1536)}
@@ -113,17 +109,17 @@ def timm_names():
 
 @small
 @pytest.mark.parametrize("content, phrases", [
-    (lambda: efficientnet_b0(num_classes=2).state_dict(), ["features.0.0.weight", "shape"]),
-    (lambda: {"weight": torch.zeros(3)}, ["missing"]), (other_shape, [FIRST]), (diverged, [FIRST, "not finite"]),
+    (lambda: efficientnet_b0(num_classes=2).state_dict(), ["features.7", "Missing"]),
+    (lambda: {"weight": torch.zeros(3)}, ["Missing"]), (other_shape, [FIRST, "size"]),
     (Evil, ["print"]), (dict, []),
     (lambda: [1, 2], []), (lambda: torch.zeros(3), []), (lambda: {"state_dict": {"a": {"b": {}}}}, []),
     (lambda: {"state_dict": [1]}, []),
     (lambda: b"\0" * 99, []),
-    (lambda: {**{f"features.{n}.x": torch.zeros(1) for n in range(9)}, FIRST: torch.zeros(40, 3, 3, 3)}, ["missing"]),
-    (timm_names, ["features.0.0.weight", "missing"]),
+    (lambda: {**{f"features.{n}.x": torch.zeros(1) for n in range(9)}, FIRST: torch.zeros(40, 3, 3, 3)}, ["Missing"]),
+    (timm_names, ["features.0.0.weight", "Missing"]),
     (lambda: {"state_dict": {FIRST: torch.zeros(1)}, "args": argparse.Namespace(lr=0.1)}, ["argparse.Namespace"]),
     (lambda: {"state_dict": {FIRST: torch.zeros(1)}, "best": np.float64(0.9)}, ["numpy"])],
-    ids=["another network", "few", "other shape", "diverged", "code", "empty", "list", "tensor", "hollow",
+    ids=["another network", "few", "other shape", "code", "empty", "list", "tensor", "hollow",
          "list within", "bytes", "a key", "timm", "settings", "numpy"])
 def test_files_that_hold_no_weights_are_named_with_what_they_hold(content, phrases, options, tmp_path, capsys):
     torch.save(content(), tmp_path / "own.pth")
