@@ -203,11 +203,12 @@ NOT_FROZEN = frozenset(("Heads", "Closed form", "Training", "Whole run"))  # roo
 
 def frozen_activations(table, frozen_part, num_views, cfg):
     """What FrozenLayers give for each image of a table and for `num_views` augmented views of it."""
-    code = str(code_of(without=NOT_FROZEN))
+    code = code_of(without=NOT_FROZEN)
     unused = WITHOUT_EFFECT if num_views else {"seed", *WITHOUT_EFFECT}  # no draw decides a plain image
     # Of the constants, those count that this code reads, as cfg.name or by their own name.
+    words = set(re.findall(r"(?:cfg\.)?\w+", " ".join(code.values())))
     constants = {name: getattr(cfg, name) for name in CONSTANTS
-                 if re.search(rf"\bcfg\.{name}\b|\b{name.upper()}\b", code) and name not in unused}
+                 if words & {f"cfg.{name}", name.upper()} and name not in unused}
     fingerprint = digest([code, constants, num_views, table.sha256.tolist(), frozen_part.digest])
     compute = lambda done: outputs_of_files(frozen_part, list(enumerate(table.path))[done:], num_views, cfg)
     tensor = compute_once(fingerprint, len(table), compute, cfg)
@@ -906,10 +907,11 @@ def load_pretrained(weights):
     state = state if isinstance(state, dict) else {}
     for name in ("model", "state_dict"):  # under which checkpoints hold a state dict; its keys may have prefixes
         state = state[name] if isinstance(state.get(name), dict) else state
-    state = {re.sub(r"^.*?(?=features\.)", "", str(key)): value for key, value in state.items()}
-    backbone = {key: value for key, value in state.items() if key.startswith("features.")}
-    with explained(f"{weights} does not fit torchvision's EfficientNet-B3", RuntimeError):
-        return build_model(2, backbone).features.state_dict(prefix="features.")
+    features = build_model(2).features
+    parts = {re.sub(r"^.*?features\.", "", str(key)): value for key, value in state.items() if "features." in str(key)}
+    with explained(f"{weights} does not fit the features of torchvision's EfficientNet-B3", RuntimeError):
+        features.load_state_dict(parts)
+    return features.state_dict(prefix="features.")
 
 
 # ---- Reports ---------------------------------------------------------------------------------------------------------
@@ -1286,8 +1288,9 @@ def broken_rules(cfg):
             cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage1, cfg.lr_stage2, cfg.blocks_lr_factor, cfg.layer_decay,
             cfg.seed)),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
+    words = re.findall(r"\w+", " ".join(code_of().values()))
     rules |= {f"{name.upper()} is read by that name in the code, so it is no option: edit it, or read cfg.{name}":
-              getattr(cfg, name) == value or not re.search(rf"\b{name.upper()}\b", str(code_of()))
+              getattr(cfg, name) == value or name.upper() not in words
               for name, value in CONSTANTS.items()}
     return [rule for rule, kept in rules.items() if not kept]
 

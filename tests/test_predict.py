@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import call, draw, is_one_line, settings, start
+from conftest import call, draw, is_one_line, settings
 from filelock import FileLock
 from PIL import Image
 from torchvision.models import efficientnet_b3
@@ -47,9 +47,9 @@ def test_predictions_are_those_of_the_report(finished, runs, capsys):
     assert float(first.split("%")[0]) == pytest.approx(100 * rows.probability[0], abs=0.2)
 
 
-def test_a_broken_file_is_named_and_the_rest_done(finished, images, capsys):
+def test_a_broken_file_is_named_and_the_rest_done(trained, images, capsys):
     (images / "within" / "broken.jpg").write_bytes(b"not an image")
-    assert call([*finished, "--predict", images, images / "a.png"]) == 1
+    assert call([*trained, "--predict", images, images / "a.png"]) == 1
     printed = capsys.readouterr()
     assert "broken.jpg" in printed.err and printed.err.count("\n") == 1
     assert list(answers(printed.out)) == [str(images / name) for name in ("a.png", "within/b.jpg", "within/c.gif")]
@@ -93,43 +93,43 @@ def test_workers_say_the_same(finished, images, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no /dev/null")
-def test_what_is_no_file_is_named_in_its_turn(finished, capsys):
-    assert call([*finished, "--predict", "/dev/null"]) == 1
+def test_what_is_no_file_is_named_in_its_turn(trained, capsys):
+    assert call([*trained, "--predict", "/dev/null"]) == 1
     assert "cannot read /dev/null" in capsys.readouterr().err
 
 
-def test_hidden_files_are_not_asked_about(finished, images, capsys):
+def test_hidden_files_are_not_asked_about(trained, images, capsys):
     for name in ("._a.png", ".hidden/0.png"):
         draw(images / "0.png", (1, 2, 3), 0)
         (images / name).parent.mkdir(exist_ok=True)
         (images / "0.png").rename(images / name)
-    assert call([*finished, "--predict", images]) == 0
+    assert call([*trained, "--predict", images]) == 0
     printed = capsys.readouterr()
     assert len(answers(printed.out)) == 3 and printed.err == ""
 
 
-def test_what_is_passed_over_in_a_folder_is_counted_aloud(finished, images, capsys):
+def test_what_is_passed_over_in_a_folder_is_counted_aloud(trained, images, capsys):
     for name in ("notes.txt", "more.txt", "film.mp4"):
         (images / name).write_text("no image")
-    assert call([*finished, "--predict", images]) == 0
+    assert call([*trained, "--predict", images]) == 0
     printed = capsys.readouterr()
     assert len(answers(printed.out)) == 3
     assert printed.err.count("\n") == 1 and "film.mp4" in printed.err and "more.txt" in printed.err
 
 
-def test_a_file_that_is_named_is_read_whatever_its_ending(finished, images, capsys):
+def test_a_file_that_is_named_is_read_whatever_its_ending(trained, images, capsys):
     (images / "a.png").rename(images / "photo")
-    assert call([*finished, "--predict", images / "photo"]) == 0
+    assert call([*trained, "--predict", images / "photo"]) == 0
     assert list(answers(capsys.readouterr().out)) == [str(images / "photo")]
 
 
-def test_names_that_no_encoding_has(finished, images, capsys):
+def test_names_that_no_encoding_has(trained, images, capsys):
     folder = os.fsencode(images)
     os.rename(images / "a.png", os.path.join(folder, b"\xff.png"))
     for name in (b"\xfe.png", b"line\nbreak.png"):
         with open(os.path.join(folder, name), "wb") as file:
             file.write(b"not an image")
-    assert call([*finished, "--predict", images]) == 1
+    assert call([*trained, "--predict", images]) == 1
     printed = capsys.readouterr()
     printed.out.encode()
     assert len(answers(printed.out)) == 3 and printed.err.count("\n") == 2
@@ -137,47 +137,47 @@ def test_names_that_no_encoding_has(finished, images, capsys):
 
 @pytest.mark.parametrize("content", [np.full((9, 9), 30000, np.uint16), np.zeros((1, 1), np.uint8),
                                      np.zeros((500, 1, 4), np.uint8)])
-def test_odd_images(content, finished, tmp_path, capsys):
+def test_odd_images(content, trained, tmp_path, capsys):
     Image.fromarray(content).save(tmp_path / "odd.tif")
-    assert call([*finished, "--predict", tmp_path / "odd.tif"]) == 0
+    assert call([*trained, "--predict", tmp_path / "odd.tif"]) == 0
     assert len(answers(capsys.readouterr().out)) == 1
 
 
-def test_pixels_of_which_nothing_says_what_is_white_are_named(finished, tmp_path, capsys):
+def test_pixels_of_which_nothing_says_what_is_white_are_named(trained, tmp_path, capsys):
     Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "odd.tif")
-    assert call([*finished, "--predict", tmp_path / "odd.tif"]) == 1
+    assert call([*trained, "--predict", tmp_path / "odd.tif"]) == 1
     printed = capsys.readouterr()
     assert "odd.tif" in printed.err and "32 bit" in printed.err and not answers(printed.out)
 
 
 @pytest.mark.parametrize("given", ["no_such_image.jpg", "no_such_folder/"])
-def test_what_does_not_exist_is_one_line(given, finished, images, monkeypatch, capsys):
+def test_what_does_not_exist_is_one_line(given, trained, images, monkeypatch, capsys):
     monkeypatch.chdir(images)
-    assert call([*finished, "--predict", "a.png", given]) == 2
+    assert call([*trained, "--predict", "a.png", given]) == 2
     assert is_one_line(capsys.readouterr().err, given.rstrip("/"))
 
 
-def test_a_folder_without_images_is_said_to_hold_none(finished, images, capsys):
+def test_a_folder_without_images_is_said_to_hold_none(trained, images, capsys):
     (images / "empty").mkdir()
     (images / "empty" / "notes.txt").write_text("")
-    call([*finished, "--predict", images / "empty"])
+    call([*trained, "--predict", images / "empty"])
     printed = capsys.readouterr()
     assert "notes.txt" in printed.err and not answers(printed.out)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 broken", {"weight": torch.zeros(3)}, [],
                                      {"model": {}, "config": {"class_names": ["a", "b"]}, "history": []}], ids=str)
-def test_a_checkpoint_that_is_none_is_one_line(content, finished, images, capsys):
+def test_a_checkpoint_that_is_none_is_one_line(content, trained, images, capsys):
     path = images / "own.pth"
     if content is not None:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    assert call([*finished, "--predict", images / "a.png", "--checkpoint", path]) == 2
+    assert call([*trained, "--predict", images / "a.png", "--checkpoint", path]) == 2
     assert is_one_line(capsys.readouterr().err, "own.pth")
 
 
-def test_what_a_checkpoint_of_an_earlier_version_lacks_is_said(finished, runs, images, capsys):
+def test_what_a_checkpoint_of_an_earlier_version_lacks_is_said(trained, images, tmp_path, capsys):
     """One had the names of its classes among its constants, another had no crops."""
-    state = torch.load(runs / "t_best.pth", weights_only=True)
+    state = torch.load(tmp_path / "runs" / "t_best.pth", weights_only=True)
     with_names = {**state["config"], "class_names": state["class_names"]}
     without_crop = {key: value for key, value in state["config"].items() if key != "crop"}
     for old, lacking in (({**state, "config": with_names}, "class_names"), ({**state, "config": without_crop}, "crop"),
@@ -185,44 +185,44 @@ def test_what_a_checkpoint_of_an_earlier_version_lacks_is_said(finished, runs, i
         if lacking == "class_names":
             del old["class_names"]
         torch.save(old, images / "old.pth")
-        assert call([*finished, "--predict", images / "a.png", "--checkpoint", images / "old.pth"]) == 2
+        assert call([*trained, "--predict", images / "a.png", "--checkpoint", images / "old.pth"]) == 2
         assert is_one_line(capsys.readouterr().err, "old.pth", lacking, "lacks")
 
 
-def test_a_checkpoint_of_other_code_is_said_to_be_one(finished, runs, images, monkeypatch, capsys):
+def test_a_checkpoint_of_other_code_is_said_to_be_one(trained, images, tmp_path, monkeypatch, capsys):
     """Whoever edits how images are seen is told; whoever edits the training need not be."""
-    state = torch.load(runs / "t_best.pth", weights_only=True)
+    state = torch.load(tmp_path / "runs" / "t_best.pth", weights_only=True)
     for name, told in (("make_transforms", True), ("load_image", True), ("average_pool", True),
                        ("train_one_epoch", False)):
         assert state["config"][f"code of {name}"]
         config = state["config"] | {f"code of {name}": "another"}
         torch.save(state | {"config": config}, images / "other.pth")
-        assert call([*finished, "--predict", images, "--checkpoint", images / "other.pth"]) == 0
+        assert call([*trained, "--predict", images, "--checkpoint", images / "other.pth"]) == 0
         printed = capsys.readouterr()
         assert (f"code of {name}" in printed.err) is told and len(answers(printed.out)) == 3
 
 
-def test_a_checkpoint_of_another_model_is_one_line(finished, runs, images, capsys):
+def test_a_checkpoint_of_another_model_is_one_line(trained, images, tmp_path, capsys):
     """Somebody has trained an edited head, and has put the program back."""
-    state = torch.load(runs / "t_best.pth", weights_only=True)
+    state = torch.load(tmp_path / "runs" / "t_best.pth", weights_only=True)
     state["model"]["classifier.2.weight"] = state["model"].pop("classifier.1.weight")
     torch.save(state, images / "edited.pth")
-    assert call([*finished, "--predict", images / "a.png", "--checkpoint", images / "edited.pth"]) == 2
+    assert call([*trained, "--predict", images / "a.png", "--checkpoint", images / "edited.pth"]) == 2
     assert is_one_line(capsys.readouterr().err, "edited.pth does not fit", "classifier")
 
 
-def test_a_folder_without_any_file_is_one_line(finished, images, capsys):
+def test_a_folder_without_any_file_is_one_line(trained, images, capsys):
     (images / "empty" / ".hidden").mkdir(parents=True)
-    assert call([*finished, "--predict", images / "empty"]) == 2
+    assert call([*trained, "--predict", images / "empty"]) == 2
     assert is_one_line(capsys.readouterr().err, "no images", str(images / "empty"))
 
 
-def test_a_prediction_that_is_stopped_promises_no_epochs(finished, images, monkeypatch, capsys):
+def test_a_prediction_that_is_stopped_promises_no_epochs(trained, images, monkeypatch, capsys):
     def stop(*_args, **_kw):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(program, "load_checkpoint", stop)
-    assert call([*finished, "--predict", images]) == 130
+    assert call([*trained, "--predict", images]) == 130
     error = capsys.readouterr().err
     assert "stopped" in error and error.count("\n") == 1 and "goes on" not in error and "saved" not in error
 
