@@ -123,7 +123,7 @@ KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are r
 
 # The numbers, words and lists of these above, as plain Python even where NumPy has computed them.
 CONSTANTS = {name.lower(): json.loads(json.dumps(globals()[name], default=lambda value: value.tolist()))
-             for name in re.findall(r"^([A-Z_0-9]+) = ", source.partition("\nCONSTANTS")[0], re.MULTILINE)
+             for name in re.findall(r"^([A-Z_0-9]+)\b.*?=", source.partition("\nCONSTANTS")[0], re.MULTILINE)
              if isinstance(globals()[name], (bool, int, float, str, tuple, list, np.generic, np.ndarray))}
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ Transforms = namedtuple("Transforms", "resize augment centre normalize")
 
 
 def make_transforms(cfg):
-    """PIL images: `resize` once, `augment` for a view to train on, `centre` for the plain one; batches: `normalize`."""
+    """PIL image to PIL image: `resize` once, then `augment` or, for the plain view, `centre`; batches: `normalize`."""
     # With crops, 320 pixels, of which validation sees the middle 300, as in torchvision's preset for B3.
     resize = v2.Resize(max(cfg.img_size) * 16 // 15 if cfg.crop else cfg.img_size)
     crop = [v2.RandomResizedCrop(cfg.img_size, scale=(cfg.crop, 1))] if cfg.crop else []
@@ -198,17 +198,16 @@ def split_model(model, num_blocks):
 # these is faster ("Fast passes" below). The next run, with other rates or epochs or another name, computes none.
 
 Activations = namedtuple("Activations", "tensor labels fingerprint")  # [N, V, ...], int64 [N], hash of their origin
-NOT_FROZEN = frozenset(("Heads", "Closed form", "Training", "Whole run"))  # rooms that decide no activations
+DOWNSTREAM = frozenset(("Heads", "Closed form", "Training", "Whole run"))  # rooms that decide no activations
 
 
 def frozen_activations(table, frozen_part, num_views, cfg):
     """What FrozenLayers give for each image of a table and for `num_views` augmented views of it."""
-    code = code_of(without=NOT_FROZEN)
+    code = code_of(without=DOWNSTREAM)
     unused = WITHOUT_EFFECT if num_views else {"seed", *WITHOUT_EFFECT}  # no draw decides a plain image
-    # Of the constants, those count that this code reads, as cfg.name or by their own name.
-    words = set(re.findall(r"(?:cfg\.)?\w+", " ".join(code.values())))
-    constants = {name: getattr(cfg, name) for name in CONSTANTS
-                 if words & {f"cfg.{name}", name.upper()} and name not in unused}
+    # Of the constants, those count that this code reads: .name or "name" of whatever object, or NAME.
+    words = set(re.findall(r"(?<=[.'\"])\w+|[A-Z_0-9]+", " ".join(code.values())))
+    constants = {name: getattr(cfg, name) for name in CONSTANTS if words & {name, name.upper()} and name not in unused}
     fingerprint = digest([code, constants, num_views, table.sha256.tolist(), frozen_part.digest])
     compute = lambda done: outputs_of_files(frozen_part, list(enumerate(table.path))[done:], num_views, cfg)
     tensor = compute_once(fingerprint, len(table), compute, cfg)
@@ -248,19 +247,19 @@ class Heads(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
         self.register_buffer("log_scale", torch.tensor(0.0))  # of epoch 0's closed form, if any: no refit exceeds it
 
-    def logits(self, features, heads):
-        """Logits [B, classes] where head number heads[i] classifies image i."""
+    def logits(self, features, head_numbers):
+        """Logits [B, classes] where head number head_numbers[i] classifies image i."""
         # Gradients go to the features alone: else a head would learn from images that it must not see.
         weight, bias = self.weight.detach(), self.bias.detach()
         logits = torch.einsum("bd,kcd->kbc", features.to(weight), weight) + bias[:, None]
-        return logits[heads, torch.arange(len(heads))]
+        return logits[head_numbers, torch.arange(len(features))]
 
-    def loss(self, features, images):
+    def loss(self, features, indices):
         """The sum of two losses: that of each image's teacher, for the blocks; each head's own, on what it may see."""
         logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
         cross_entropy = partial(F.cross_entropy, weight=self.class_weight, reduction="sum")
-        loss = cross_entropy(self.logits(features, self.teacher[images]), self.labels[images])
-        return (loss + cross_entropy(logits.flatten(0, 1), self.targets[:, images].flatten())) / len(images)
+        loss = cross_entropy(self.logits(features, self.teacher[indices]), self.labels[indices])
+        return (loss + cross_entropy(logits.flatten(0, 1), self.targets[:, indices].flatten())) / len(indices)
 
     @torch.no_grad()
     def fit_closed_form(self, features, shrinkage):
@@ -362,20 +361,20 @@ def trainable_parameters(blocks, cfg):
     return [p for p in blocks.parameters() if cfg.train_depthwise or p.shape[1:2] != (1,)]
 
 
-def train_one_epoch(blocks, heads, views, optimizer, scaler, epoch, cfg):
+def train_one_epoch(blocks, heads, activations, optimizer, scaler, epoch, cfg):
     """One pass over one view of each image, in random order; returns the features [N, 1, D] as they were seen."""
     for module in blocks.modules():  # BatchNorm keeps its statistics: a batch of 32 would estimate worse ones
         module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
-    order, all_features = torch.randperm(len(views)), []
-    for number, images in enumerate(progress(order.split(cfg.batch_size), f"epoch {epoch}"), 1):
-        activations, images = views[images, 1 + (epoch - 1) % (views.shape[1] - 1)], images.to(cfg.device)
+    order, all_features = torch.randperm(len(activations)), []
+    view = 1 + (epoch - 1) % (activations.shape[1] - 1)  # view 0 is the plain image
+    for number, indices in enumerate(progress(order.split(cfg.batch_size), f"epoch {epoch}"), 1):
         with torch.autocast(cfg.device.type, cfg.dtype, enabled=cfg.dtype != torch.float32):
-            features = blocks(activations.to(cfg.device)).float()
-        loss = heads.loss(features, images)
+            features = blocks(activations[indices, view].to(cfg.device)).float()
+        loss = heads.loss(features, indices.to(cfg.device))
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} in epoch {epoch}, batch {number}: lower the learning rates, "
-                            "set --no-amp, or look at the initial weights; earlier epochs are saved")
+                            "set --no-amp, or look at initial weights and edited code; earlier epochs are saved")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -417,7 +416,7 @@ def load_image(path):
     """An image file as upright RGB, transparency on white; UserError names the file and why it is not read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images, odd palettes and broken metadata
-        with explained(path, Exception):  # decoders raise all kinds: OSError, SyntaxError, struct.error, ...
+        with explained(path, Exception):  # of decoders alone, which raise all kinds: SyntaxError, struct.error, ...
             image = Image.open(path)
             image.load()
         with suppress(Exception):  # a broken EXIF block costs the orientation, not the image
@@ -497,14 +496,14 @@ class FrozenLayers:
                 module[0], module[1] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm), nn.Identity()
         self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
         self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
-        self.batch_size = 4 if cfg.device.type == "cpu" else 128
+        self.at_once = 4 if cfg.device.type == "cpu" else 128
 
     @torch.no_grad()
     def __call__(self, views):
         """Outputs [B, V, ...], on the CPU, of activations [B, V, C, h, w] or images uint8 [B, V, H, W, 3]."""
         batch, outputs, first = views.flatten(0, 1), [], 0
         while first < len(batch):
-            size = self.batch_size if views.dtype == torch.uint8 else 4 * self.batch_size
+            size = self.at_once if views.dtype == torch.uint8 else 4 * self.at_once
             try:
                 part = batch[first:first + size].to(self.device)
                 if len(batch) > 1 and self.device.type != "cpu":  # one size: a GPU needs seconds for each new shape
@@ -514,9 +513,9 @@ class FrozenLayers:
                 outputs.append(self.layers(part.to(self.dtype))[:len(batch) - first].cpu())
                 first += size
             except RuntimeError as error:
-                if self.batch_size == 1 or not is_out_of_memory(error):
+                if self.at_once == 1 or not is_out_of_memory(error):
                     raise
-                self.batch_size //= 2
+                self.at_once //= 2
         return torch.cat(outputs).clone(memory_format=torch.contiguous_format).unflatten(0, views.shape[:2])
 
 
@@ -543,7 +542,7 @@ def predict_logits(blocks, classifier, activations, cfg):
 def outputs_of_files(layers, files, num_views, cfg):
     """Yield the outputs [B, V, ...] of FrozenLayers for image files, a list of (index, path), in order."""
     on_cpu, start = cfg.device.type == "cpu", time.monotonic()
-    size = max(1, layers.batch_size // (1 + num_views))
+    size = max(1, layers.at_once // (1 + num_views))
     work = partial(batch_of_views, num_views=num_views, layers=layers if on_cpu else None, cfg=cfg)
     for batch in progress(map_batches(work, files, cfg, size), "frozen part"):
         yield torch.from_numpy(batch).view(cfg.dtype) if on_cpu else layers(torch.from_numpy(batch))
@@ -662,23 +661,25 @@ def take_up_run(model, data, cfg):
     # Beside its last model it holds the best one, and the best one of stage 1, each with the history up to it.
     run = {"model": {key: value.cpu().clone() for key, value in model.state_dict().items()}, "config": config,
            "class_names": data.class_names, "history": [], "trainer": None, "best": None, "frozen": None}
+    last, differs = None, ""
     try:
         last = load_checkpoint(run_file(cfg, "last.pth"), run)
-        changed = sorted(key for key in config | last["config"] if config.get(key) != last["config"].get(key))
-        differs = f"changed: {listing(changed, 9)}" if changed else ""
+        if changed := sorted(key for key in config | last["config"] if config.get(key) != last["config"].get(key)):
+            differs = f"changed: {listing(changed, 9)}"
     except UserError as error:
         differs = str(error)
     if not differs and not cfg.fresh:
         run = last | {"class_names": data.class_names}
         model.load_state_dict(run["model"])
         export_models(run, ("best", "frozen"), cfg)
+        print(f"goes on    after epoch {len(run['history']) - 1} of {cfg.epochs_stage1 + cfg.epochs_stage2}")
     elif files := [file for file in (run_file(cfg, name) for name in RUN_FILES) if file.exists()]:
         old = next(path for number in count(1) if not (path := run_file(cfg, f"old{number}")).exists())
         old.mkdir()
         for file in files:
             file.rename(old / file.name)
-        print(f"new run    {differs or '--fresh'}; the earlier one is in {old}: to go on with it, undo what has changed "
-              f"and move its files back to {old.parent}")
+        undo = f": to go on with it, undo that and move its files back to {old.parent}" if last and differs else ""
+        print(f"new run    {differs or '--fresh'}; the earlier one is in {old}{undo}")
     return run
 
 
@@ -704,13 +705,6 @@ def export_models(run, names, cfg):
         write_file(run_file(cfg, f"{name}.pth"), run[name] | {
             "config": run["config"], "class_names": run["class_names"],
             "best_accuracy": run[name]["history"][-1]["val_acc"]})
-
-
-def print_table(history):
-    """The head of the table, and the rows so far."""
-    print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
-    for end in range(1, len(history) + 1):
-        print_epoch(history[:end])
 
 
 def print_epoch(history):
@@ -798,7 +792,7 @@ def find_images(cfg):
 def check_images(table, cfg):
     """The table with the hash of each file; those that cannot be read are an error or, if told so, left out."""
     # Files that were read before by the same code need not be decoded again.
-    note = Path(cfg.out_dir, "activations", f"readable_{digest(code_of(without=NOT_FROZEN))[:16]}.json")
+    note = Path(cfg.out_dir, "activations", f"readable_{digest(code_of(without=DOWNSTREAM))[:16]}.json")
     known = set(json.loads(note.read_text()) if note.exists() else ())
     work = partial(attempt, partial(check_image, known=known))
     hashes, reasons = zip(*progress(map_batches(work, table.path.tolist(), cfg), "decoding"))
@@ -1133,13 +1127,14 @@ def predict(cfg):
     checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else run_file(cfg, "best.pth")
     state = load_checkpoint(checkpoint, ("model", "config", "class_names"), of_config=("img_size", "crop"))
     config, names = state["config"], state["class_names"]
-    cfg.img_size, cfg.crop = config["img_size"], config["crop"]
-    without = NOT_FROZEN | {"Frozen activations", "Activation files"}
+    vars(cfg).update({name: config[name] for name in CONSTANTS if name in config})  # images are seen as in the training
+    without = DOWNSTREAM | {"Frozen activations", "Activation files"}
     code = {f"code of {name}": digest(text)[:16] for name, text in code_of(without=without).items()}
     if changed := [key for key in code if config.get(key) != code[key]]:
         print(f"note: this checkpoint was trained with another {listing(changed)}", file=sys.stderr)
+    model = build_model(len(names))
     with explained(f"{checkpoint} does not fit the model of this program", RuntimeError):
-        model = build_model(len(names), state["model"])
+        model.load_state_dict(state["model"])
     layers = FrozenLayers(split_model(model, 0)[0], cfg)
     on_cpu = cfg.device.type == "cpu"
     work = partial(attempt, partial(batch_of_views, num_views=0, layers=layers if on_cpu else None, cfg=cfg))
@@ -1227,7 +1222,9 @@ def train_and_report(cfg):
     activations = {split: frozen_activations(table, frozen_part, cfg.views if split == "train" else 0, cfg)
                    for split, table in data.tables.items() if split != "test"}
     remove_old_activations({part.fingerprint[:32] for part in activations.values()}, cfg)
-    print_table(run["history"])
+    print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
+    for end in range(1, len(run["history"]) + 1):
+        print_epoch(run["history"][:end])
     train(model, blocks, activations, run, cfg)
     if "test" in data.tables:  # nobody waits for these before the training
         with wait_for(lock):
@@ -1253,7 +1250,7 @@ def parse_command_line(argv):
     parser.add_argument("--fresh", action="store_true", help="start anew; files of an earlier run are moved aside")
     parser.add_argument("--predict", nargs="+", default=(), metavar="PATH", help="name what images or folders show")
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="for --predict: another one than the best")
-    comments = dict(re.findall(r"^([A-Z_0-9]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
+    comments = dict(re.findall(r"^([A-Z_0-9]+)\b.*?  # (.*)$", source, flags=re.MULTILINE))
     constants = CONSTANTS | (DEMO if "--demo" in argv else {})
     for name, value in constants.items():
         several = isinstance(value, list)
@@ -1343,7 +1340,7 @@ def main(argv=()):
             code, message = 1, f"out of memory: lower BATCH_SIZE, NUM_WORKERS or IMG_SIZE ({one_line(error)})"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             code, message = 1, f"no room left in {cfg.out_dir} ({error.strerror}): what was saved before is whole"
-        elif isinstance(error, PermissionError):
+        elif isinstance(error, PermissionError) and error.filename:
             code, message = 2, one_line(error)
         else:
             raise
@@ -1416,18 +1413,21 @@ def code_of(without=frozenset()):
 
     All rooms count but those named here, so that what somebody adds to a room or in a new one counts unlisted.
     """
-    without = {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
-               "Command line", "Helpers", *without}
+    without = without | {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
+                         "Command line"}
     definitions, imports, used = {}, {}, set()
     rooms = ["Start", *re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)]
     for room, text in zip(rooms[::2], rooms[1::2]):
         for node in without_docstrings(ast.parse(text)).body if room not in without else ():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                module = getattr(node, "module", "")
-                imports |= {part.asname or part.name: f"{module} {part.name}" for part in node.names}
+                for part in node.names:
+                    module = getattr(node, "module", part.name)
+                    own = Path(own_path).with_name(f"{module}.py")  # a module of the user's, beside this file
+                    content = own.read_text("utf-8") if own.is_file() else ""
+                    imports[part.asname or part.name] = f"{module} {part.name} {content}"
                 continue
             used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-            name = getattr(node, "name", ast.unparse(node).split(" = ")[0])
+            name = getattr(node, "name", re.split(" = |: ", ast.unparse(node))[0])
             if name not in map(str.upper, CONSTANTS):  # which count by their values
                 definitions[name] = definitions.get(name, "") + ast.unparse(node)
     definitions |= {f"import {name}": what for name, what in imports.items() if name in used}

@@ -201,9 +201,10 @@ def options(own_images, tmp_path):
 
 def small_efficientnet(num_classes):
     """An EfficientNet of nine blocks like B3's, but narrow and shallow."""
-    rows = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 1), (1, 5, 2, 24, 40, 1), (1, 3, 2, 40, 80, 1), (1, 5, 1, 80, 112, 1),
-            (1, 5, 2, 112, 192, 1), (1, 3, 1, 192, 320, 2))
-    return EfficientNet([MBConvConfig(*row, width_mult=0.25, depth_mult=1) for row in rows], 0.3, num_classes=num_classes)
+    rows = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 1), (1, 5, 2, 24, 40, 1), (1, 3, 2, 40, 80, 1),
+            (1, 5, 1, 80, 112, 1), (1, 5, 2, 112, 192, 1), (1, 3, 1, 192, 320, 2))
+    layers = [MBConvConfig(*row, width_mult=0.25, depth_mult=1) for row in rows]
+    return EfficientNet(layers, 0.3, num_classes=num_classes)
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_a_changed_run_moves_the_old_files_aside_and_says_how_to_get_back(traine
         capsys.readouterr()
         assert call([*options, "--fresh"] if change == "--fresh" else options) == 0
         line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("new run")]
-        assert change in line and str(runs / f"t_old{number}") in line
+        assert change in line and str(runs / f"t_old{number}") in line and ("undo" in line) == (change != "--fresh")
         assert {path.name: path.read_bytes() for path in (runs / f"t_old{number}").iterdir()} == before
 
 
@@ -388,7 +388,7 @@ def cannot_be_replaced(monkeypatch, *endings):
 
     def refuse(source, target):
         if str(target).endswith(endings):
-            raise PermissionError(errno.EACCES, "Permission denied")
+            raise PermissionError(errno.EACCES, "Permission denied", str(target))
         replace(source, target)
 
     monkeypatch.setattr(program.os, "replace", refuse)

@@ -141,6 +141,13 @@ def test_constants_that_numpy_has_computed_are_plain_ones():
     assert namespace["parse_command_line"](["--img-size", "48", "40"]).img_size == [48, 40]
 
 
+def test_constants_may_be_annotated_and_written_without_spaces(tmp_path):
+    module = edited(tmp_path / "other.py", ("SEED = 0", "SEED: int = 3"), ("BATCH_SIZE = 32", "BATCH_SIZE=16"))
+    cfg = module.parse_command_line(["--batch-size", "8"])
+    assert (cfg.seed, cfg.batch_size) == (3, 8) and module.parse_command_line(["--seed", "4"]).seed == 4
+    assert module.code_of() == program.code_of()  # they count by their values
+
+
 def test_no_split_to_report_is_one_line(capsys):
     namespace = execute(with_constants(EVAL_SPLITS=()))
     with pytest.raises(SystemExit):
@@ -310,7 +317,8 @@ def with_bug(path, place, bug):
 
 
 BUGS = {"NameError": "undefined_name", "FileNotFoundError": 'open("/no/such/table.csv")',
-        "ValueError": 'Image.new("RGB", "large")', "IndexError": "somebodys_function()"}
+        "ValueError": 'Image.new("RGB", "large")', "IndexError": "somebodys_function()",
+        "PermissionError": 'raise PermissionError("mine")'}
 PLACES = ["load_image", "load_views", "build_model", "find_images", "make_transforms", "check_images",
           "load_pretrained", "frozen_activations", "batch_of_views", "train_one_epoch", "fit_closed_form", "end_epoch",
           "write_history", "measure", "plot_mistakes"]
@@ -318,9 +326,9 @@ PLACES = ["load_image", "load_views", "build_model", "find_images", "make_transf
 
 @pytest.mark.parametrize("place, bug, workers", [
     *((place, bug, 0) for place in PLACES[:3] for bug in BUGS),
-    *(("load_image", bug, 1) for bug in BUGS), ("load_views", "FileNotFoundError", 1),
+    *(("load_image", bug, 1) for bug in [*BUGS][:4]), ("load_views", "FileNotFoundError", 1),
     ("batch_of_views", "NameError", 1),
-    *((place, bug, 0) for place, bug in zip(PLACES, [*BUGS] * 4) if place not in PLACES[:3])])
+    *((place, bug, 0) for place, bug in zip(PLACES, [*BUGS] * 3) if place not in PLACES[:3])])
 def test_a_bug_is_a_traceback(place, bug, workers, options, tmp_path, monkeypatch, capfd):
     """And never a user's error, a broken image or a full disk."""
     module = with_bug(tmp_path / "with_bug.py", place, bug)

@@ -21,7 +21,8 @@ from conftest import activations, checkpoint, draw_splits, execute, history_of, 
 import efficientnet_b3 as program
 
 SOURCE = Path(program.__file__).read_text()
-UPSTREAM = {"Data", "Model", "Frozen activations", "Decoding", "Fast passes", "Activation files"}  # of activations
+# of activations:
+UPSTREAM = {"Data", "Model", "Frozen activations", "Decoding", "Fast passes", "Activation files", "Helpers"}
 DECIDING = UPSTREAM | {"Heads", "Training", "Closed form", "Whole run"}  # a closed form may be upstream, or not
 MINE = "raise RuntimeError('mine')"
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
@@ -202,6 +203,21 @@ def test_another_import_under_a_name_that_decides_results_counts(original, tmp_p
     assert not changes(swapped, original) and fingerprint(swapped) == original.fingerprint
 
 
+def test_a_module_of_the_users_own_counts_where_it_is_used(tmp_path):
+    """What it holds, as Python leaves it to the import."""
+    source = SOURCE.replace("import numpy as np\n", "import numpy as np\nimport tints\nfrom tints import sepia\n")
+    source = source.replace("resize(load_image(path))", "resize(sepia(load_image(path)))")
+    prints, sys_path = [], str(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(sys_path)
+        for number in (1, 2):
+            (tmp_path / "tints.py").write_text(f"def sepia(image):\n    return image  # {number}\n")
+            module = load(source, tmp_path)
+            assert "import sepia" in module.code_of() and "import tints" not in module.code_of()
+            prints.append(fingerprint(module))
+    assert prints[0] != prints[1]
+
+
 def test_a_statement_between_imports_and_constants_counts(original, tmp_path):
     line = "# ---- Configuration"
     other = load(SOURCE.replace(line, f"torch.set_float32_matmul_precision('highest')\n\n{line}", 1), tmp_path)
@@ -221,7 +237,7 @@ def with_hue(source, name):
     return source.replace("hue=0.2", f"hue={name}").replace("# Model\n", "HUE = 0.2  # of colours\n\n# Model\n")
 
 
-@pytest.mark.parametrize("name", ["cfg.hue", "HUE"])
+@pytest.mark.parametrize("name", ["cfg.hue", "HUE", "getattr(cfg, 'hue')", "(lambda config: config.hue)(cfg)"])
 def test_a_constant_that_is_added_counts_upstream_where_it_is_read_there(name, tmp_path):
     source = with_hue(SOURCE, name)
     module = load(source, tmp_path)
@@ -337,7 +353,8 @@ def test_an_edit_of_reports_and_comments_does_neither(run_once, again, runs, cap
     source = edit_of(edit_of(SOURCE, "plot_confusion_matrix"), "draw_flower")
     source = source.replace("most confused", "oftenest confused")
     source = with_other_comments(with_other_docstrings(source))
-    assert again(source.replace("\nif __name__ ==", "\ntrain_one_epoch = None\n\nif __name__ ==")) == 0
+    line = source[:source.index("# ---- Whole run -")].count("\n")
+    assert again(with_lines(source, line, "train_one_epoch = None")) == 0  # in a room that decides nothing
     printed = capsys.readouterr().out
     assert not news(printed) and "frozen     part" not in printed and "val: oftenest confused" in printed
     assert activations(runs) == before and same(checkpoint(runs, "last"), checkpoint(run_once / "runs", "last"))

@@ -105,7 +105,7 @@ def test_views_are_the_same_in_workers_and_in_any_batch(options, own_images):
     for extra in (["--num-workers", "0"], ["--num-workers", "2"]):
         cfg = settings(options, "--no-amp", *extra)
         layers = program.FrozenLayers(torch.nn.Sequential(), cfg)  # lets the normalized views through
-        for layers.batch_size in (2, 12):
+        for layers.at_once in (2, 12):
             passes.append(outputs_of(layers, files, 2, cfg))
     assert passes[0].shape == (18, 3, 3, 40, 40) and all(torch.equal(other, passes[0]) for other in passes)
 

@@ -64,6 +64,25 @@ def test_size_and_crop_are_those_of_the_training(finished, images, capsys):
     assert told[0] == told[1]
 
 
+def test_a_constant_that_somebody_has_added_is_that_of_the_training(trained, images, tmp_path, monkeypatch):
+    """Whatever it is at the top of the file by now."""
+    state, seen = torch.load(tmp_path / "runs" / "t_best.pth", weights_only=True), []
+    torch.save(state | {"config": state["config"] | {"grey": 1}}, images / "grey.pth")
+    make_transforms = program.make_transforms
+    monkeypatch.setattr(program, "make_transforms", lambda cfg: seen.append(cfg.grey) or make_transforms(cfg))
+    monkeypatch.setitem(program.CONSTANTS, "grey", 0)
+    assert call([*trained, "--predict", images, "--checkpoint", images / "grey.pth"]) == 0 and set(seen) == {1}
+
+
+def test_a_bug_in_an_edited_model_is_no_fault_of_the_checkpoint(trained, images, monkeypatch):
+    def build_model(*_args):
+        raise RuntimeError("mine")
+
+    monkeypatch.setattr(program, "build_model", build_model)
+    with pytest.raises(RuntimeError, match="mine"):
+        call([*trained, "--predict", images])
+
+
 @pytest.mark.parametrize("name", ["last", "frozen"])
 def test_another_checkpoint_than_the_runs_best(name, finished, runs, images, tmp_path, capsys):
     """It says what that model says, as torchvision has it."""
