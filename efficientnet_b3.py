@@ -121,7 +121,7 @@ RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files o
 OUT_DIR = "runs"  # folder of those files
 KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are removed
 
-# The numbers, words and lists of these above, as plain Python even where NumPy has computed them.
+# The numbers, words and lists set above, and no other names of a notebook, as plain Python even where NumPy made them.
 CONSTANTS = {name.lower(): json.loads(json.dumps(globals()[name], default=lambda value: value.tolist()))
              for name in re.findall(r"^([A-Z_0-9]+)\b.*?=", source.partition("\nCONSTANTS")[0], re.MULTILINE)
              if isinstance(globals()[name], (bool, int, float, str, tuple, list, np.generic, np.ndarray))}
@@ -672,7 +672,8 @@ def take_up_run(model, data, cfg):
         run = last | {"class_names": data.class_names}
         model.load_state_dict(run["model"])
         export_models(run, ("best", "frozen"), cfg)
-        print(f"goes on    after epoch {len(run['history']) - 1} of {cfg.epochs_stage1 + cfg.epochs_stage2}")
+        done, epochs = len(run["history"]) - 1, cfg.epochs_stage1 + cfg.epochs_stage2
+        print(f"goes on    after epoch {done} of {epochs}" if done < epochs else f"finished   all {epochs} epochs")
     elif files := [file for file in (run_file(cfg, name) for name in RUN_FILES) if file.exists()]:
         old = next(path for number in count(1) if not (path := run_file(cfg, f"old{number}")).exists())
         old.mkdir()

@@ -101,11 +101,12 @@ def test_ctrl_c_between_two_epochs_is_one_line_and_the_run_goes_on(options, no_r
     assert "stopped: " in error and error.count("\n") == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was: %run leaves nothing behind
     monkeypatch.setattr(program, "save_epoch", save)
-    assert call(options) == call(whole) == 0
+    assert call(options) == 0 and "goes on    after epoch" in capsys.readouterr().out
+    assert call(whole) == 0
     assert same(checkpoints(tmp_path / "runs"), checkpoints(tmp_path / "whole"))
 
 
-def test_a_finished_run_makes_its_reports_again(trained, tmp_path, monkeypatch):
+def test_a_finished_run_makes_its_reports_again_and_says_so(trained, tmp_path, monkeypatch, capsys):
     options, runs = trained, tmp_path / "runs"
     figures, files = figures_of(runs), {path.name for path in runs.glob("t_*")}
     for name in files - {"t_last.pth"}:
@@ -113,6 +114,7 @@ def test_a_finished_run_makes_its_reports_again(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "train_one_epoch", None)
     monkeypatch.setattr(program.Figure, "savefig", lambda _figure, file, **_kw: file.write(b"a picture"))
     assert call(options) == 0 and figures_of(runs) == figures
+    assert "finished   all 1 epochs" in capsys.readouterr().out
     assert {path.name for path in runs.glob("t_*")} == files
 
 
