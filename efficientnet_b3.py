@@ -1207,8 +1207,8 @@ def train_and_report(cfg):
         if cfg.demo:
             print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
             draw_demo_images(Path(cfg.data_dir))
-        # What a user can have got wrong comes first: images, but for those of test, then weights.
-        data, pretrained = find_images(cfg), load_pretrained(cfg.weights)
+        # What a user can have got wrong comes first, and what is soon checked before what takes minutes.
+        pretrained, data = load_pretrained(cfg.weights), find_images(cfg)
     layout = torch.channels_last if cfg.device.type == "cpu" else torch.preserve_format  # a GPU trains slower in it
     model = build_model(len(data.class_names), pretrained, cfg.seed).to(cfg.device, memory_format=layout)
     if pretrained is None:

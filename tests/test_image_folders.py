@@ -366,7 +366,7 @@ def test_two_runs_that_start_at_once_look_at_the_images_one_after_the_other(opti
         work = getattr(program, name) if name != "draw_demo_images" else lambda folder: None
         monkeypatch.setattr(program, name, partial(alone, name, work))
     assert call([*options, *ONE_EPOCH, "--eval-splits", "val", "test", "--demo"]) == 0
-    assert asked == ["draw_demo_images", "find_images", "check_images", "load_pretrained", "check_images"]
+    assert asked == ["draw_demo_images", "load_pretrained", "find_images", "check_images", "check_images"]
 
 
 def test_a_run_can_go_on_without_unreadable_images(options, own_images, tmp_path, capsys):
