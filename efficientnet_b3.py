@@ -14,7 +14,7 @@ report compares the two. The rooms of this file, by which code_of tells what dec
     Heads, Training                what learns, and how: both stages and the refit
     Decoding, Closed form          what these need: an image file as RGB; discriminant analysis
     Fast passes, Activation files  inference in worker processes; its results on the disk
-    Files of a run                 checkpoints, and how a run goes on
+    Fingerprints, Files of a run   which code decides results; checkpoints, and how a run goes on
     Images and weights, Reports    what lies on the disk; figures, and frozen against fine-tuned; then Prediction,
                                    Drawn flowers, Whole run, Command line, Helpers
 """
@@ -637,6 +637,53 @@ def remove_old_activations(in_use, cfg):
         if total > cfg.keep_gb * 1e9 and path.stem not in in_use:
             for part in (path.with_suffix(".json"), path, path.with_suffix(".lock")):
                 part.unlink(missing_ok=True)
+
+
+# ---- Fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def digest(value):
+    """SHA-256, in hexadecimal, of tensors and plain values in lists and dicts of any depth."""
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.cpu().contiguous().numpy()).hexdigest()
+    if isinstance(value, (dict, list, tuple)):
+        value = [digest(part) for part in (value.items() if isinstance(value, dict) else value)]
+    return hashlib.sha256(repr(value).encode(errors="backslashreplace")).hexdigest()
+
+
+@cache
+def code_of(without=frozenset()):
+    """The definitions that decide results, as {name: text}; comments, docstrings and layout do not count.
+
+    All rooms count but those named here, so that what somebody adds to a room or in a new one counts unlisted.
+    """
+    without = without | {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
+                         "Command line"}
+    definitions, imports, used = {}, {}, set()
+    rooms = ["Start", *re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)]
+    for room, text in zip(rooms[::2], rooms[1::2]):
+        for node in without_docstrings(ast.parse(text)).body if room not in without else ():
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for part in node.names:
+                    module = getattr(node, "module", part.name)
+                    own = Path(own_path).with_name(f"{module}.py")  # a module of the user's, beside this file
+                    content = own.read_text("utf-8") if own.is_file() else ""
+                    imports[part.asname or part.name] = f"{module} {part.name} {content}"
+                continue
+            used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            name = getattr(node, "name", re.split(" = |: ", ast.unparse(node))[0])
+            if name not in map(str.upper, CONSTANTS):  # which count by their values
+                definitions[name] = definitions.get(name, "") + ast.unparse(node)
+    definitions |= {f"import {name}": what for name, what in imports.items() if name in used}
+    return dict(sorted(definitions.items()))
+
+
+def without_docstrings(tree):
+    """A syntax tree without the docstrings of its modules, classes and functions."""
+    for part in ast.walk(tree):
+        if isinstance(part, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+            part.body = part.body[1:] or [ast.Pass()]
+    return tree
 
 
 # ---- Files of a run --------------------------------------------------------------------------------------------------
@@ -1397,50 +1444,6 @@ def is_out_of_memory(error):
     """Whether an exception tells of it: allocators and killed workers raise a mere RuntimeError."""
     signs = "MemoryError", "OutOfMemory", "out of memory", "allocate memory", "killed by signal: Killed"
     return any(sign in repr([error, error.__cause__]) for sign in signs)
-
-
-def digest(value):
-    """SHA-256, in hexadecimal, of tensors and plain values in lists and dicts of any depth."""
-    if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.cpu().contiguous().numpy()).hexdigest()
-    if isinstance(value, (dict, list, tuple)):
-        value = [digest(part) for part in (value.items() if isinstance(value, dict) else value)]
-    return hashlib.sha256(repr(value).encode(errors="backslashreplace")).hexdigest()
-
-
-@cache
-def code_of(without=frozenset()):
-    """The definitions that decide results, as {name: text}; comments, docstrings and layout do not count.
-
-    All rooms count but those named here, so that what somebody adds to a room or in a new one counts unlisted.
-    """
-    without = without | {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
-                         "Command line"}
-    definitions, imports, used = {}, {}, set()
-    rooms = ["Start", *re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)]
-    for room, text in zip(rooms[::2], rooms[1::2]):
-        for node in without_docstrings(ast.parse(text)).body if room not in without else ():
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                for part in node.names:
-                    module = getattr(node, "module", part.name)
-                    own = Path(own_path).with_name(f"{module}.py")  # a module of the user's, beside this file
-                    content = own.read_text("utf-8") if own.is_file() else ""
-                    imports[part.asname or part.name] = f"{module} {part.name} {content}"
-                continue
-            used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-            name = getattr(node, "name", re.split(" = |: ", ast.unparse(node))[0])
-            if name not in map(str.upper, CONSTANTS):  # which count by their values
-                definitions[name] = definitions.get(name, "") + ast.unparse(node)
-    definitions |= {f"import {name}": what for name, what in imports.items() if name in used}
-    return dict(sorted(definitions.items()))
-
-
-def without_docstrings(tree):
-    """A syntax tree without the docstrings of its modules, classes and functions."""
-    for part in ast.walk(tree):
-        if isinstance(part, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
-            part.body = part.body[1:] or [ast.Pass()]
-    return tree
 
 
 if __name__ == "__main__":

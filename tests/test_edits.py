@@ -22,7 +22,8 @@ import efficientnet_b3 as program
 
 SOURCE = Path(program.__file__).read_text()
 # of activations:
-UPSTREAM = {"Data", "Model", "Frozen activations", "Decoding", "Fast passes", "Activation files", "Helpers"}
+UPSTREAM = {"Data", "Model", "Frozen activations", "Decoding", "Fast passes", "Activation files", "Fingerprints",
+            "Helpers"}
 DECIDING = UPSTREAM | {"Heads", "Training", "Closed form", "Whole run"}  # a closed form may be upstream, or not
 MINE = "raise RuntimeError('mine')"
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
