@@ -133,7 +133,7 @@ Transforms = namedtuple("Transforms", "resize augment centre normalize")
 
 def make_transforms(cfg):
     """PIL image to PIL image: `resize` once, then `augment` or, for the plain view, `centre`; batches: `normalize`."""
-    # With crops, 320 pixels, of which validation sees the middle 300, as in torchvision's preset for B3.
+    # With crops, the shorter side has 320 pixels, of which validation sees the middle 300: torchvision's preset for B3.
     resize = v2.Resize(max(cfg.img_size) * 16 // 15 if cfg.crop else cfg.img_size)
     crop = [v2.RandomResizedCrop(cfg.img_size, scale=(cfg.crop, 1))] if cfg.crop else []
     augment = v2.Compose([*crop, v2.RandomHorizontalFlip(), v2.RandomRotation(15),
@@ -391,7 +391,7 @@ def end_epoch(row, start, features, heads, model, blocks, parts, inputs, run, cf
     if "val" in inputs:
         row |= scores("val", predict_logits(blocks, model.classifier, inputs["val"].tensor, cfg), inputs["val"].labels)
     row["seconds"] = time.perf_counter() - start
-    names = ("best", "frozen") if row["stage"] == 1 else ("best",)
+    names = ("best", "frozen") if row["stage"] == 1 else ("best",)  # the frozen model is the best one of stage 1
     better = names if best_row([*run["history"], row]) is row else ()
     save_epoch(row, better, model, parts, run, cfg)
 
