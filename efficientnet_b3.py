@@ -124,7 +124,7 @@ KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are r
 # The numbers, words and lists set above, and no other names of a notebook, as plain Python even where NumPy made them.
 CONSTANTS = {name.lower(): json.loads(json.dumps(globals()[name], default=lambda value: value.tolist()))
              for name in re.findall(r"^([A-Z_0-9]+)\b.*?=", source.partition("\nCONSTANTS")[0], re.MULTILINE)
-             if isinstance(globals()[name], (bool, int, float, str, tuple, list, np.generic, np.ndarray))}
+             if isinstance(globals().get(name), (bool, int, float, str, tuple, list, np.generic, np.ndarray))}
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,6 @@ def split_model(model, num_blocks):
 # these is faster ("Fast passes" below). The next run, with other rates or epochs or another name, computes none.
 
 Activations = namedtuple("Activations", "tensor labels fingerprint")  # [N, V, ...], int64 [N], hash of their origin
-DOWNSTREAM = frozenset(("Heads", "Closed form", "Training", "Whole run"))  # rooms that decide no activations
 
 
 def frozen_activations(table, frozen_part, num_views, cfg):
@@ -641,6 +640,11 @@ def remove_old_activations(in_use, cfg):
 
 # ---- Fingerprints ----------------------------------------------------------------------------------------------------
 
+DOWNSTREAM = frozenset(("Heads", "Closed form", "Training", "Whole run"))  # rooms that decide no activations
+# Constants that decide no result, or that count as what they lead to: images, weights, device, precision.
+WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", "num_workers", "weights", "device",
+                  "amp", "run_name", "out_dir", "keep_gb"}
+
 
 def digest(value):
     """SHA-256, in hexadecimal, of tensors and plain values in lists and dicts of any depth."""
@@ -692,9 +696,6 @@ RUN_FILES = {"best.pth", "last.pth", "frozen.pth", "loss.png", "acc.png", "repor
              "predictions.csv", "config.json"} | {
     f"{figure}{split}.png" for split in ("", "_val", "_test")
     for figure in ("confusion_matrix", "mistakes", "frozen_vs_fine_tuned")}
-# Constants that decide no result, or that count as what they lead to: images, weights, device, precision.
-WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", "num_workers", "weights", "device",
-                  "amp", "run_name", "out_dir", "keep_gb"}
 
 
 def take_up_run(model, data, cfg):
@@ -753,6 +754,13 @@ def export_models(run, names, cfg):
         write_file(run_file(cfg, f"{name}.pth"), run[name] | {
             "config": run["config"], "class_names": run["class_names"],
             "best_accuracy": run[name]["history"][-1]["val_acc"]})
+
+
+def print_table(history):
+    """The head of the table, and the rows so far."""
+    print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
+    for end in range(1, len(history) + 1):
+        print_epoch(history[:end])
 
 
 def print_epoch(history):
@@ -1270,9 +1278,7 @@ def train_and_report(cfg):
     activations = {split: frozen_activations(table, frozen_part, cfg.views if split == "train" else 0, cfg)
                    for split, table in data.tables.items() if split != "test"}
     remove_old_activations({part.fingerprint[:32] for part in activations.values()}, cfg)
-    print("\nstage epoch lr head lr blocks train loss train acc val loss val acc   secs best")
-    for end in range(1, len(run["history"]) + 1):
-        print_epoch(run["history"][:end])
+    print_table(run["history"])
     train(model, blocks, activations, run, cfg)
     if "test" in data.tables:  # nobody waits for these before the training
         with wait_for(lock):

@@ -330,7 +330,7 @@ class Killed(BaseException):
 
 def checkpoint(folder, name):
     """A checkpoint of the run `t` without what differs between two runs of the same command: the seconds."""
-    state = torch.load(folder / f"t_{name}.pth", weights_only=False)  # is ten times faster
+    state = torch.load(folder / f"t_{name}.pth", weights_only=False)  # the faster unpickler
     for row in state["history"]:
         del row["seconds"]
     return state

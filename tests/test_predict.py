@@ -246,7 +246,6 @@ def test_a_prediction_that_is_stopped_promises_no_epochs(trained, images, monkey
     assert "stopped" in error and error.count("\n") == 1 and "goes on" not in error and "saved" not in error
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 def test_predicting_goes_on_beside_a_run(finished, runs, images, capsys):
     with FileLock(runs / ".t.lock"):
         assert call([*finished, "--predict", images]) == 0
