@@ -50,7 +50,7 @@ import time
 import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import count
 from pathlib import Path
 
@@ -234,17 +234,19 @@ class Heads(nn.Module):
 
     def __init__(self, linear, labels, cfg):
         super().__init__()
+        self.cfg = cfg
         unseen_by, counts = deal_folds(labels, cfg), labels.bincount()
         teacher = unseen_by if cfg.cross_fit else torch.full_like(labels, cfg.folds)  # the head that teaches the blocks
-        # [heads, N]: the label, or -100, which cross_entropy ignores, where the head must not see the image.
-        targets = labels.where(unseen_by != torch.arange(cfg.folds + 1)[:, None], -100)
-        targets[-1] = labels  # the last head sees all
+        targets = labels.repeat(cfg.folds + 1, 1)  # [heads, N]
+        for head in range(cfg.folds):
+            targets[head, unseen_by == head] = -100  # cross_entropy ignores these; the last head sees all images
         class_weight = len(labels) / len(counts) / counts if cfg.balance else torch.ones(len(counts))
         self.labels, self.unseen_by, self.teacher, self.targets, self.class_weight = (
             part.to(cfg.device) for part in (labels, unseen_by, teacher, targets, class_weight))
         self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
-        self.register_buffer("log_scale", torch.tensor(0.0))  # of epoch 0's closed form, if any: no refit exceeds it
+        # No later closed form may be more confident than the first one, epoch 0's.
+        self.register_buffer("max_log_scale", torch.tensor(0.0))
 
     def logits(self, features, head_numbers):
         """Logits [B, classes] where head number head_numbers[i] classifies image i."""
@@ -261,30 +263,31 @@ class Heads(nn.Module):
         return (loss + cross_entropy(logits.flatten(0, 1), self.targets[:, indices].flatten())) / len(indices)
 
     @torch.no_grad()
-    def fit_closed_form(self, features, shrinkage):
+    def fit_closed_form(self, features):
         """Set each head by discriminant analysis of features [N, V, D] ("Closed form" below), all to one scale.
 
         The scale minimises the loss on left-out images (temperature scaling: Guo et al., 2017), up to epoch 0's, or 1
         without one: blocks that are fine-tuned have seen those images, and may get all of them right.
         """
-        num_heads, smoothing = len(self.bias), 0.0
-        weight, bias = discriminants(features, self.labels, self.unseen_by, self.class_weight, num_heads, shrinkage)
+        weight, bias = discriminants(features, self.labels, self.unseen_by, self.class_weight, self.cfg)
         self.weight.copy_(weight)
         self.bias.copy_(bias)
-        logits, left_out = self.logits(features[:, 0], self.unseen_by), self.unseen_by < num_heads - 1
+        logits, left_out = self.logits(features[:, 0], self.unseen_by), self.unseen_by < self.cfg.folds
+        smoothing = 0.0
         if not left_out.any():  # any confidence fits images that all heads have seen: smoothed labels keep it at 90 %
             left_out, smoothing = ~left_out, 0.1
         loss = lambda log_scale: F.cross_entropy(logits[left_out] * math.exp(log_scale), self.labels[left_out],
                                                  self.class_weight, label_smoothing=smoothing).item()
-        self.log_scale.fill_(minimize_scalar(loss, bounds=(-10, self.log_scale.item()), method="bounded").x)
+        fit = minimize_scalar(loss, bounds=(-10, self.max_log_scale.item()), method="bounded")
+        self.max_log_scale.fill_(fit.x)
         for parameter in self.parameters():
-            parameter.mul_(self.log_scale.exp())
+            parameter.mul_(math.exp(fit.x))
 
     @torch.no_grad()
-    def refit(self, features, shrinkage):
+    def refit(self, features):
         """New heads: the mean of these and of ones in closed form, for features that have changed."""
         mean, fitted = copy.deepcopy(self), copy.deepcopy(self)
-        fitted.fit_closed_form(features, shrinkage)
+        fitted.fit_closed_form(features)
         for parameter, other in zip(mean.parameters(), fitted.parameters()):
             parameter.lerp_(other, 0.5)
         return mean
@@ -306,7 +309,7 @@ def train(model, blocks, activations, run, cfg):
         features = {split: pooled_features(part, blocks, cfg) for split, part in activations.items()}
         if not rows:
             if cfg.head_init == "lda":
-                heads.fit_closed_form(features["train"].tensor, cfg.shrinkage)
+                heads.fit_closed_form(features["train"].tensor)
             row = {"stage": 1, "epoch": 0, "lr_head": 0.0, "lr_blocks": 0.0}
             end_epoch(row, start, features["train"].tensor, heads, model, no_blocks, {"heads": heads}, features, run,
                       cfg)
@@ -325,11 +328,11 @@ def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
     # The usual first scale of 65,536 overflows at first, and stage 2 has no steps to lose.
     scaler = torch.amp.GradScaler(cfg.device.type, init_scale=1024, enabled=cfg.dtype == torch.float16)
     parts = {"heads": heads, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    left = range(max(epochs.start, len(run["history"])), epochs.stop)  # row e of the history is epoch e
-    if 0 < len(left) < len(epochs):  # the run was stopped in this stage
+    to_come = range(max(epochs.start, len(run["history"])), epochs.stop)  # row e of the history is epoch e
+    if 0 < len(to_come) < len(epochs):  # the run was stopped in this stage
         for name, part in parts.items():
             part.load_state_dict(run["trainer"][name])
-    for epoch in left:
+    for epoch in to_come:
         start, rates = time.perf_counter(), scheduler.get_last_lr()  # the heads', then the blocks'
         row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
         # For the closed form: what the epoch has seen, by blocks that were changing, and plain images by the new ones.
@@ -338,7 +341,7 @@ def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
         scheduler.step()
         model_heads = heads
         if cfg.refit_head and len(blocks):  # features change faster than a few steps of gradient can follow
-            model_heads = heads.refit(features, cfg.shrinkage)
+            model_heads = heads.refit(features)
             if epoch < epochs.start + cfg.refitted_epochs:
                 heads.load_state_dict(model_heads.state_dict())
         end_epoch(row, start, features, model_heads, model, blocks, parts, inputs, run, cfg)
@@ -440,16 +443,16 @@ def deal_folds(labels, cfg):
     return torch.tensor(fold.tolist()).where(labels.bincount()[labels] > 1, cfg.folds)
 
 
-def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkage):
+def discriminants(features, labels, unseen_by, class_weight, cfg):
     """Linear discriminant analyses (Fisher, 1936), shrunk covariance: weights [heads, classes, D], biases.
 
-    Head k leaves out the images that unseen_by (int64 [N]) calls k, the last head none. The sums over these groups of
+    Head k leaves out the images that unseen_by (int64 [N]) calls k, head FOLDS none. The sums over these groups of
     features [N, V, D] are taken once, and add up to those of all heads. It makes what scikit-learn's
     LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...) makes many times slower, with all features in memory.
     View 0, the plain image, counts as much as all others, as the model is for images that look like it: two points more
     in stage 1 than with augmented views alone.
     """
-    (_, views, width), classes = features.shape, len(class_weight)
+    (_, views, width), classes, num_heads = features.shape, len(class_weight), cfg.folds + 1
     view_weight = torch.tensor([max(1, views - 1)] + [1] * (views - 1), device=class_weight.device)[:, None]
     device = class_weight.device if class_weight.is_cuda else "cpu"  # others have no double precision
     sums_by_head = [torch.zeros(num_heads, *shape, device=device, dtype=torch.double)
@@ -463,14 +466,14 @@ def discriminants(features, labels, unseen_by, class_weight, num_heads, shrinkag
                 total[head] += part.to(device)
     weights, biases = [], []
     for head in range(num_heads):
-        counts, sums, products = (
-            total.sum(0) - total[head] * (head < num_heads - 1) for total in sums_by_head)
+        left_out = [head] if head < cfg.folds else []
+        counts, sums, products = (total.sum(0) - total[left_out].sum(0) for total in sums_by_head)
         means = sums / counts[:, None].clamp_min(1e-9)
         covariance = (products - means.T @ sums) / counts.sum()
         # Single images have no covariance but for rounding, which the means of squares exceed by far.
         least = 1e-3 * products.diagonal().mean() / counts.sum() + 1e-9
         identity = covariance.diagonal().mean().clamp_min(least) * torch.eye(width, device=device)
-        weights.append(torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * identity, means.T).T)
+        weights.append(torch.linalg.solve((1 - cfg.shrinkage) * covariance + cfg.shrinkage * identity, means.T).T)
         biases.append((counts / counts.sum()).log() - (weights[-1] * means).sum(1) / 2)
     return torch.stack(weights), torch.stack(biases)
 
@@ -486,8 +489,6 @@ class FrozenLayers:
     """A copy of layers that stand still, in the form that is fastest for inference."""
 
     def __init__(self, layers, cfg):
-        own_classes = [code_of().get(type(part).__name__) for part in layers.modules()]  # in any room that counts
-        self.digest = digest([str(layers), own_classes, layers.state_dict(), str(cfg.dtype), cfg.device.type])
         layers = copy.deepcopy(layers).eval()
         for module in layers.modules():
             if isinstance(module, Conv2dNormActivation):
@@ -496,6 +497,12 @@ class FrozenLayers:
         self.layers = layers.to(cfg.device, cfg.dtype, memory_format=torch.channels_last)
         self.device, self.dtype, self.normalize = cfg.device, cfg.dtype, make_transforms(cfg).normalize
         self.at_once = 4 if cfg.device.type == "cpu" else 128
+
+    @cached_property
+    def digest(self):
+        """A hash of what decides the outputs."""
+        own_classes = [code_of().get(type(part).__name__) for part in self.layers.modules()]  # in any room that counts
+        return digest([str(self.layers), own_classes, self.layers.state_dict(), str(self.dtype), self.device.type])
 
     @torch.no_grad()
     def __call__(self, views):
@@ -649,7 +656,7 @@ WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", 
 def digest(value):
     """SHA-256, in hexadecimal, of tensors and plain values in lists and dicts of any depth."""
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.cpu().contiguous().numpy()).hexdigest()
+        return hashlib.sha256(value.cpu().flatten().view(torch.uint8).numpy()).hexdigest()  # NumPy has no bfloat16
     if isinstance(value, (dict, list, tuple)):
         value = [digest(part) for part in (value.items() if isinstance(value, dict) else value)]
     return hashlib.sha256(repr(value).encode(errors="backslashreplace")).hexdigest()
@@ -964,6 +971,20 @@ def load_pretrained(weights):
     return features.state_dict(prefix="features.")
 
 
+def start_without_pretraining(model, paths, cfg):
+    """Make random weights pass on what tells images apart: some of these give BatchNorm its statistics."""
+    views = np.concatenate([load_views(path, 0, 0, cfg) for path in paths[::max(1, len(paths) // 32)]])
+    for module in reversed(list(model.modules())):  # parts come before what they are part of
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = None  # estimates the plain mean
+            nn.init.constant_(module.weight, 0.1)  # SiLU bends larger signals, and so many layers of it blend all
+        if isinstance(module, MBConv) and module.use_res_connect:
+            nn.init.zeros_(module.block[-1][1].weight)  # adds nothing at first (Goyal et al., 2017)
+    with torch.no_grad():
+        model(make_transforms(cfg).normalize(torch.from_numpy(views).permute(0, 3, 1, 2)).to(cfg.device))
+    model.eval()
+
+
 # ---- Reports ---------------------------------------------------------------------------------------------------------
 
 # Names may have letters of any script: these are the usual fonts for them, as far as they are here.
@@ -1211,20 +1232,6 @@ DEMO = dict(data_dir="runs/demo_flowers", img_size=[64, 64], views=3, eval_split
             epochs_stage1=3, run_name="demo")
 
 
-def start_without_pretraining(model, paths, cfg):
-    """Make random weights pass on what tells images apart: some of these give BatchNorm its statistics."""
-    views = np.concatenate([load_views(path, 0, 0, cfg) for path in paths[::max(1, len(paths) // 32)]])
-    for module in reversed(list(model.modules())):  # parts come before what they are part of
-        if isinstance(module, nn.BatchNorm2d):
-            module.train().momentum = None  # estimates the plain mean
-            nn.init.constant_(module.weight, 0.1)  # SiLU bends larger signals, and so many layers of it blend all
-        if isinstance(module, MBConv) and module.use_res_connect:
-            nn.init.zeros_(module.block[-1][1].weight)  # adds nothing at first (Goyal et al., 2017)
-    with torch.no_grad():
-        model(make_transforms(cfg).normalize(torch.from_numpy(views).permute(0, 3, 1, 2)).to(cfg.device))
-    model.eval()
-
-
 def draw_demo_images(folder):
     """Draw 12 pictures of each of 102 species, 8 for training and 4 for validation, as own images lie."""
     if folder.is_file() or any(folder.glob("*")) and not (folder / "train" / "species 001").is_dir():
@@ -1307,8 +1314,9 @@ def parse_command_line(argv):
     comments = dict(re.findall(r"^([A-Z_0-9]+)\b.*?  # (.*)$", source, flags=re.MULTILINE))
     constants = CONSTANTS | (DEMO if "--demo" in argv else {})
     for name, value in constants.items():
-        several = isinstance(value, list)
-        kind, shown = type((*value, "")[0] if several else value), " ".join(map(str, value)) if several else value
+        several, kind, shown = isinstance(value, list), type(value), value
+        if several:
+            kind, shown = type(value[0]) if value else str, " ".join(map(str, value))
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__.upper(),
             "nargs": "+" if several else None}

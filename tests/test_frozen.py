@@ -160,7 +160,7 @@ def test_fast_frozen_part_says_what_the_plain_one_says(tmp_path):
     train, fast = (outputs_of(layers, list(enumerate(tables[name].path)), 0, cfg) for name in ("train", "val"))
     train_labels, labels = (torch.tensor(tables[name].label.tolist()) for name in ("train", "val"))
     heads = program.Heads(model.classifier[1], train_labels, cfg)
-    heads.fit_closed_form(train, 0.3)
+    heads.fit_closed_form(train)
     normalize, plain = program.make_transforms(cfg).normalize, []
     with torch.no_grad():
         for path in tables["val"].path:
@@ -362,6 +362,15 @@ def test_layers_of_the_same_weights_and_of_another_form_are_other_layers(cfg):
     for layer in (nn.SiLU(), nn.ReLU(), nn.Hardtanh(), nn.Hardtanh(-0.1, 0.1)):
         told = program.pooled_features(given, nn.Sequential(layer), cfg).tensor
         assert torch.equal(told, layer(tensor.to(cfg.dtype)))
+
+
+def test_layers_of_other_weights_or_precision_are_other_layers(cfg):
+    layers, seen = nn.Sequential(nn.Conv2d(3, 4, 1)), set()
+    for weight in (0.5, 0.25):
+        nn.init.constant_(layers[0].weight, weight)
+        for cfg.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            seen |= {program.FrozenLayers(layers, cfg).digest, program.FrozenLayers(layers, cfg).digest}
+    assert len(seen) == 6
 
 
 def test_files_of_other_splits_and_views_are_not_computed_again(trained, tmp_path):

@@ -36,8 +36,8 @@ def assert_same_direction(weight, bias, reference):
 @pytest.mark.parametrize("shrinkage", [0.01, 0.3, 1.0])
 def test_heads_in_closed_form_are_linear_discriminant_analysis_without_their_fold(shrinkage, options):
     """View 0 counts as often as there are augmented ones."""
-    heads, data = heads_for(LABELS, options, "--folds", "4"), features(views=4)
-    heads.fit_closed_form(data, shrinkage)
+    heads, data = heads_for(LABELS, options, "--folds", "4", "--shrinkage", shrinkage), features(views=4)
+    heads.fit_closed_form(data)
     counted = torch.cat([data, data[:, :1], data[:, :1]], 1)
     for number in range(5):
         kept = heads.targets[number] != -100
@@ -48,7 +48,7 @@ def test_heads_in_closed_form_are_linear_discriminant_analysis_without_their_fol
 
 def test_so_they_are_for_classes_of_unlike_sizes(options):
     heads = heads_for(UNEQUAL, options)
-    heads.fit_closed_form(features(UNEQUAL), 0.3)
+    heads.fit_closed_form(features(UNEQUAL))
     for head, kept in enumerate(heads.targets != -100):
         reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.3)
         reference.fit(features(UNEQUAL)[kept].flatten(0, 1).numpy(), UNEQUAL[kept].repeat_interleave(2).numpy())
@@ -61,7 +61,7 @@ def test_so_few_images_that_nothing_varies_within_a_class_are_told_apart(count, 
     labels = torch.arange(20).repeat_interleave(count)
     seen = torch.randn(len(labels), 1, 50, generator=torch.Generator().manual_seed(0)).abs()
     heads = heads_for(labels, options, classes=20, width=50)
-    heads.fit_closed_form(seen, 0.3)
+    heads.fit_closed_form(seen)
     for number in range(3):
         kept = heads.targets[number] != -100
         logits = heads.logits(seen[kept, 0], torch.full((int(kept.sum()),), number))
@@ -70,7 +70,7 @@ def test_so_few_images_that_nothing_varies_within_a_class_are_told_apart(count, 
 
 def test_images_that_are_all_alike_have_a_closed_form(options):
     heads = heads_for(LABELS, options)
-    heads.fit_closed_form(torch.ones(24, 2, 5), 0.3)
+    heads.fit_closed_form(torch.ones(24, 2, 5))
     assert torch.isfinite(heads.weight).all() and torch.isfinite(heads.bias).all()
 
 
@@ -80,7 +80,7 @@ def test_images_that_are_all_alike_have_a_closed_form(options):
 def test_the_temperature_is_the_best_one_for_left_out_images(options):
     generator = torch.Generator().manual_seed(1)
     heads, data = heads_for(LABELS, options), features() + 3 * torch.randn(24, 2, 5, generator=generator)
-    heads.fit_closed_form(data, 0.3)
+    heads.fit_closed_form(data)
     logits = heads.logits(data[:, 0], heads.unseen_by)
     best = F.cross_entropy(logits, LABELS)
     assert all(best < F.cross_entropy(factor * logits, LABELS) for factor in (0.5, 0.9, 1.1, 2))
@@ -97,12 +97,12 @@ def test_heads_are_never_more_confident_than_the_analysis_or_than_they_were_on_a
     noisy = features() + 4 * torch.randn(24, 2, 5, generator=generator)
     clear = features() + 50 * F.one_hot(LABELS, 5)[:, None]
     heads = heads_for(LABELS, options)
-    heads.fit_closed_form(clear, 0.3)
+    heads.fit_closed_form(clear)
     assert confidence(heads, clear) <= 1.001
     heads = heads_for(LABELS, options)
-    heads.fit_closed_form(noisy, 0.3)
+    heads.fit_closed_form(noisy)
     before = confidence(heads, noisy)
-    heads.fit_closed_form(clear, 0.3)
+    heads.fit_closed_form(clear)
     assert confidence(heads, clear) <= 1.001 * before and before < 0.9
 
 
@@ -122,7 +122,7 @@ def test_single_images_among_others_do_not_spoil_the_temperature(options):
     labels = torch.cat([LABELS, torch.tensor([3])])
     data = torch.cat([features(), 100 + torch.zeros(1, 2, 5)])
     heads = heads_for(labels, options, classes=4)
-    heads.fit_closed_form(data, 0.3)
+    heads.fit_closed_form(data)
     logits, others = heads.logits(data[:, 0], heads.unseen_by), labels < 3
     best = F.cross_entropy(logits[others], labels[others])
     assert all(best <= F.cross_entropy(factor * logits[others], labels[others]) for factor in (0.5, 0.9))
@@ -177,7 +177,7 @@ def test_no_head_learns_from_its_fold(options):
 @pytest.mark.parametrize("extra", ["--cross-fit", "--no-cross-fit"])
 def test_blocks_learn_from_the_head_that_has_not_seen_the_image_and_from_no_other(extra, options):
     heads, data = heads_for(LABELS, options, extra), features()[:, 0].requires_grad_()
-    heads.fit_closed_form(features(), 0.3)
+    heads.fit_closed_form(features())
     fold = heads.targets[:-1] == -100
     teachers = fold.int().argmax(0) if extra == "--cross-fit" else torch.full((24,), 2)
     expected = torch.stack([F.linear(x, heads.weight[k], heads.bias[k]) for x, k in zip(data, teachers)]).detach()
@@ -199,7 +199,7 @@ def test_all_heads_start_as_the_models_own(options):
 
 def test_balanced_heads_are_discriminant_analysis_with_equal_priors(options):
     heads = heads_for(UNEQUAL, options, "--balance")
-    heads.fit_closed_form(features(UNEQUAL), 0.3)
+    heads.fit_closed_form(features(UNEQUAL))
     reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.3, priors=[1 / 3] * 3)
     reference.fit(features(UNEQUAL).flatten(0, 1).numpy(), UNEQUAL.repeat_interleave(2).numpy())
     assert_same_direction(heads.weight[-1], heads.bias[-1], reference)
@@ -208,7 +208,7 @@ def test_balanced_heads_are_discriminant_analysis_with_equal_priors(options):
 def test_balance_changes_nothing_where_classes_are_alike(options):
     plain, balanced = heads_for(LABELS, options), heads_for(LABELS, options, "--balance")
     for heads in (plain, balanced):
-        heads.fit_closed_form(features(), 0.3)
+        heads.fit_closed_form(features())
     torch.testing.assert_close(balanced.weight, plain.weight)
     torch.testing.assert_close(balanced.bias, plain.bias)
 
@@ -230,7 +230,7 @@ def test_the_temperature_of_balanced_heads_is_the_best_one_by_the_balanced_loss(
     generator = torch.Generator().manual_seed(1)
     data = features(UNEQUAL) + 2 * torch.randn(24, 2, 5, generator=generator)
     heads = heads_for(UNEQUAL, options, "--balance")
-    heads.fit_closed_form(data, 0.3)
+    heads.fit_closed_form(data)
     logits = heads.logits(data[:, 0], heads.unseen_by)
 
     def loss(factor):

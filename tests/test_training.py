@@ -65,7 +65,7 @@ def test_epoch_0_is_the_head_in_closed_form_before_any_gradient(options, tmp_pat
     tables, model = program.find_images(cfg).tables, program.build_model(3, last["model"])
     features = features_of(model, tables, cfg)
     heads = program.Heads(model.classifier[1], labels_of(tables["train"]), cfg)
-    heads.fit_closed_form(features["train"], cfg.shrinkage)
+    heads.fit_closed_form(features["train"])
     torch.testing.assert_close(heads.weight[-1], model.classifier[1].weight, rtol=1e-2, atol=1e-3)
     right = model.classifier[1](features["val"][:, 0]).argmax(1) == labels_of(tables["val"])
     assert row["val_acc"] == pytest.approx(right.float().mean().item())
@@ -198,8 +198,8 @@ def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, 
     solved, solve = [], program.Heads.fit_closed_form
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "1"]
 
-    def keep(heads, features, *args):
-        solve(heads, features, *args)
+    def keep(heads, features):
+        solve(heads, features)
         solved.append((features.shape, copy.deepcopy(heads.state_dict())))
 
     monkeypatch.setattr(program.Heads, "fit_closed_form", keep)
