@@ -7,7 +7,7 @@
     python efficientnet_b3.py --predict rose.jpg d/  the five likeliest names for each image
 
 Stage 1 trains the classifier head on a frozen backbone, stage 2 fine-tunes the last feature blocks as well, and the
-report compares the two. The rooms of this file, by which code_of tells what decides results:
+report compares the two. The rooms of this file, by which code_of tells the edits that decide results:
 
     Configuration, Data, Model     all constants; how an image is augmented; EfficientNet-B3, cut in two
     Frozen activations             the outputs of the frozen part, computed once
@@ -16,7 +16,7 @@ report compares the two. The rooms of this file, by which code_of tells what dec
     Fast passes, Activation files  inference in worker processes; its results on the disk
     Fingerprints, Files of a run   which code decides results; checkpoints, and how a run goes on
     Images and weights, Reports    what lies on the disk; figures, and frozen against fine-tuned; then Prediction,
-                                   Drawn flowers, Whole run, Command line, Helpers
+                                   Drawn flowers, Whole run (train_and_report), Command line, Helpers
 """
 
 import linecache
@@ -80,10 +80,10 @@ from tqdm import tqdm
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
 # Data
-DATA_DIR = "data"  # Flowers-102 (downloaded if missing or empty), or own images in one folder per class
+DATA_DIR = "data"  # Flowers-102 (downloaded into data or an empty folder), or own images, one folder per class
 IMG_SIZE = (300, 300)  # height and width in pixels
-CROP = 0.0  # training views are random crops of at least this share of an image; 0: whole images
-VIEWS = 5  # augmented views of each training image, which the epochs take in turn
+CROP = 0.0  # training: random crops of at least this share of an image, evaluation: its centre; 0: whole images
+VIEWS = 5  # augmented views of each training image in all, which the epochs take in turn
 TRAIN_SPLITS = ("train",)  # what trains; train val: the final model, from all labelled images, nothing held out
 EVAL_SPLITS = ("val", "test")  # splits that the report covers, where there are images
 VAL_FRACTION = 0.2  # of own images without a folder val, the share of each class drawn for validation
@@ -100,28 +100,28 @@ BALANCE = False  # each class counts alike in all losses that train, however man
 
 # Stage 1: the head on the frozen backbone
 EPOCHS_STAGE1 = 8  # passes over the training images
-LR_STAGE1 = 1e-3  # learning rate of the first epoch; it falls to 0 in a straight line
+LR_STAGE1 = 1e-3  # learning rate of the first epoch; it falls linearly towards 0
 
 # Stage 2: fine-tuning
 EPOCHS_STAGE2 = 5  # passes over the training images
-LR_STAGE2 = 1e-4  # learning rate of the head in the stage's first epoch; it falls alike
-BLOCKS_LR_FACTOR = 10.0  # the last block's learning rate is this times LR_STAGE2 ...
-LAYER_DECAY = 1.0  # ... and each earlier block's is this times that of the block after it
+LR_STAGE2 = 1e-4  # learning rate of the head in the stage's first epoch; it falls linearly too
+BLOCKS_LR_FACTOR = 10.0  # the last block's learning rate is this times LR_STAGE2
+LAYER_DECAY = 1.0  # each earlier block's learning rate is this times that of the block after it
 TRAIN_DEPTHWISE = True  # off: unfrozen blocks keep their depthwise kernels, whose gradients are slow on a CPU
 CROSS_FIT = True  # blocks learn from, and training figures tell of, a head that has not seen the image
-REFIT_HEAD = True  # after each epoch of stage 2 the model gets the mean of its head and of lda's ...
-REFITTED_EPOCHS = 5  # ... from which the training goes on too, in the first so many epochs of the stage
+REFIT_HEAD = True  # after each epoch of stage 2 the model gets the mean of its head and of lda's
+REFITTED_EPOCHS = 5  # in so many first epochs of stage 2, training goes on from that mean too
 
 # Run
 BATCH_SIZE = 32  # training images per step
-SEED = 0  # of views, folds, order and noise: the same seed gives the same run
+SEED = 0  # of all that is drawn, validation images of VAL_FRACTION included: the same seed gives the same run
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
 AMP = True  # half precision: float16 on CUDA, bfloat16 on processors that have it
 RUN_NAME = "effb3_flowers102_finetune"  # first part of the names of all files of the run
 OUT_DIR = "runs"  # folder of those files
 KEEP_GB = 5.0  # beyond this, activations that no run has used for longest are removed
 
-# The numbers, words and lists set above, and no other names of a notebook, as plain Python even where NumPy made them.
+# The options: numbers, words and lists set above, no other names of a notebook; plain Python, even from NumPy.
 CONSTANTS = {name.lower(): json.loads(json.dumps(globals()[name], default=lambda value: value.tolist()))
              for name in re.findall(r"^([A-Z_0-9]+)\b.*?=", source.partition("\nCONSTANTS")[0], re.MULTILINE)
              if isinstance(globals().get(name), (bool, int, float, str, tuple, list, np.generic, np.ndarray))}
@@ -132,7 +132,7 @@ Transforms = namedtuple("Transforms", "resize augment centre normalize")
 
 
 def make_transforms(cfg):
-    """PIL image to PIL image: `resize` once, then `augment` or, for the plain view, `centre`; batches: `normalize`."""
+    """PIL image to one of IMG_SIZE: `resize`, then `augment` or, for the plain view, `centre`; batches: `normalize`."""
     # With crops, the shorter side has 320 pixels, of which validation sees the middle 300: torchvision's preset for B3.
     resize = v2.Resize(max(cfg.img_size) * 16 // 15 if cfg.crop else cfg.img_size)
     crop = [v2.RandomResizedCrop(cfg.img_size, scale=(cfg.crop, 1))] if cfg.crop else []
@@ -144,7 +144,7 @@ def make_transforms(cfg):
 
 
 def load_views(path, index, num_views, cfg):
-    """A file, decoded once: view 0, the image as in validation, then `num_views` augmented ones: uint8 [V, H, W, 3].
+    """A file, decoded once: view 0, the image as in validation, and augmented ones: uint8 [1 + num_views, H, W, 3].
 
     View v of image i is a function of (SEED, v, i) alone: the same in any process, order and continued run.
     """
@@ -197,7 +197,7 @@ def split_model(model, num_blocks):
 # With 5 views, 13 epochs and a last evaluation cost 7,140 passes through the frozen part instead of 27,540, and each of
 # these is faster ("Fast passes" below). The next run, with other rates or epochs or another name, computes none.
 
-Activations = namedtuple("Activations", "tensor labels fingerprint")  # [N, V, ...], int64 [N], hash of their origin
+Activations = namedtuple("Activations", "tensor labels fingerprint")  # [N, V, ...], view 0 plain; int64 [N]; a hash
 
 
 def frozen_activations(table, frozen_part, num_views, cfg):
@@ -235,17 +235,19 @@ class Heads(nn.Module):
     def __init__(self, linear, labels, cfg):
         super().__init__()
         self.cfg = cfg
-        unseen_by, counts = deal_folds(labels, cfg), labels.bincount()
-        teacher = unseen_by if cfg.cross_fit else torch.full_like(labels, cfg.folds)  # the head that teaches the blocks
-        targets = labels.repeat(cfg.folds + 1, 1)  # [heads, N]
+        self.labels = labels.to(cfg.device)
+        self.unseen_by = deal_folds(labels, cfg).to(cfg.device)  # for each image, the head that does not see it
+        # For each image, the head that teaches the blocks.
+        self.teacher = self.unseen_by if cfg.cross_fit else torch.full_like(self.labels, cfg.folds)
+        self.targets = self.labels.repeat(cfg.folds + 1, 1)  # [heads, N]
         for head in range(cfg.folds):
-            targets[head, unseen_by == head] = -100  # cross_entropy ignores these; the last head sees all images
-        class_weight = len(labels) / len(counts) / counts if cfg.balance else torch.ones(len(counts))
-        self.labels, self.unseen_by, self.teacher, self.targets, self.class_weight = (
-            part.to(cfg.device) for part in (labels, unseen_by, teacher, targets, class_weight))
+            self.targets[head, self.unseen_by == head] = -100  # cross_entropy ignores these; the last head sees all
+        counts = self.labels.bincount()
+        equal = torch.ones(len(counts), device=cfg.device)
+        self.class_weight = len(labels) / len(counts) / counts if cfg.balance else equal
         self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
-        # No later closed form may be more confident than the first one, epoch 0's.
+        # Of the logits of a closed form; after epoch 0 it is that of epoch 0's, which no refit exceeds.
         self.register_buffer("max_log_scale", torch.tensor(0.0))
 
     def logits(self, features, head_numbers):
@@ -257,10 +259,11 @@ class Heads(nn.Module):
 
     def loss(self, features, indices):
         """The sum of two losses: that of each image's teacher, for the blocks; each head's own, on what it may see."""
-        logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
         cross_entropy = partial(F.cross_entropy, weight=self.class_weight, reduction="sum")
-        loss = cross_entropy(self.logits(features, self.teacher[indices]), self.labels[indices])
-        return (loss + cross_entropy(logits.flatten(0, 1), self.targets[:, indices].flatten())) / len(indices)
+        for_blocks = cross_entropy(self.logits(features, self.teacher[indices]), self.labels[indices])
+        logits = torch.einsum("bd,kcd->kbc", features.detach(), self.weight) + self.bias[:, None]
+        for_heads = cross_entropy(logits.flatten(0, 1), self.targets[:, indices].flatten())
+        return (for_blocks + for_heads) / len(indices)
 
     @torch.no_grad()
     def fit_closed_form(self, features):
@@ -274,12 +277,12 @@ class Heads(nn.Module):
         self.bias.copy_(bias)
         logits, left_out = self.logits(features[:, 0], self.unseen_by), self.unseen_by < self.cfg.folds
         smoothing = 0.0
-        if not left_out.any():  # any confidence fits images that all heads have seen: smoothed labels keep it at 90 %
+        if not left_out.any():  # all heads have seen all images, which any confidence fits: 90 % at most, then
             left_out, smoothing = ~left_out, 0.1
         loss = lambda log_scale: F.cross_entropy(logits[left_out] * math.exp(log_scale), self.labels[left_out],
                                                  self.class_weight, label_smoothing=smoothing).item()
         fit = minimize_scalar(loss, bounds=(-10, self.max_log_scale.item()), method="bounded")
-        self.max_log_scale.fill_(fit.x)
+        self.max_log_scale.fill_(fit.x)  # a refit fits a copy, so that epoch 0's stays
         for parameter in self.parameters():
             parameter.mul_(math.exp(fit.x))
 
@@ -297,9 +300,9 @@ class Heads(nn.Module):
 
 
 def train(model, blocks, activations, run, cfg):
-    """Train both stages, from the beginning or from where `run` stands; `blocks` are the model's last."""
-    heads, rows = Heads(model.classifier[1], activations["train"].labels, cfg), len(run["history"])
-    no_blocks = nn.Sequential()
+    """Train both stages, from the beginning or from where `run` (see take_up_run) stands; `blocks` are the last."""
+    heads, no_blocks = Heads(model.classifier[1], activations["train"].labels, cfg), nn.Sequential()
+    rows = len(run["history"])
     if rows:
         heads.load_state_dict(run["trainer"]["heads"])
 
@@ -335,7 +338,7 @@ def train_stage(stage, epochs, rate, model, blocks, heads, inputs, run, cfg):
     for epoch in to_come:
         start, rates = time.perf_counter(), scheduler.get_last_lr()  # the heads', then the blocks'
         row = {"stage": stage, "epoch": epoch, "lr_head": rates[0], "lr_blocks": max(rates[1:], default=0.0)}
-        # For the closed form: what the epoch has seen, by blocks that were changing, and plain images by the new ones.
+        # For figures and refit: the features seen during the epoch, and those of the plain images after it.
         seen = train_one_epoch(blocks, heads, inputs["train"].tensor, optimizer, scaler, epoch, cfg)
         features = torch.cat([plain_features(blocks, inputs["train"].tensor, cfg).to(seen), seen], 1)
         scheduler.step()
@@ -365,7 +368,8 @@ def trainable_parameters(blocks, cfg):
 
 def train_one_epoch(blocks, heads, activations, optimizer, scaler, epoch, cfg):
     """One pass over one view of each image, in random order; returns the features [N, 1, D] as they were seen."""
-    for module in blocks.modules():  # BatchNorm keeps its statistics: a batch of 32 would estimate worse ones
+    # BatchNorm keeps its statistics, as a batch of 32 would estimate worse ones; what is random in training stays so.
+    for module in blocks.modules():
         module.training = isinstance(module, StochasticDepth)
     torch.manual_seed(mix_seed(cfg.seed, "epoch", epoch))  # an epoch is the same after an interruption
     order, all_features = torch.randperm(len(activations)), []
@@ -385,10 +389,10 @@ def train_one_epoch(blocks, heads, activations, optimizer, scaler, epoch, cfg):
     return torch.cat(all_features)[order.argsort(), None]
 
 
-def end_epoch(row, start, features, heads, model, blocks, parts, inputs, run, cfg):
-    """Complete a row of the history, and save it with the model, to which `heads` go, and the states of all parts."""
-    row |= scores("train", heads.logits(features[:, 0], heads.teacher), heads.labels)
-    model.classifier[1].load_state_dict({"weight": heads.weight[-1], "bias": heads.bias[-1]})  # the head of all images
+def end_epoch(row, start, features, model_heads, model, blocks, parts, inputs, run, cfg):
+    """Complete a row of the history, and save it with the model, which gets its head here, and all parts' states."""
+    row |= scores("train", model_heads.logits(features[:, 0], model_heads.teacher), model_heads.labels)
+    model.classifier[1].load_state_dict({"weight": model_heads.weight[-1], "bias": model_heads.bias[-1]})
     row |= {"val_loss": None, "val_acc": None}
     if "val" in inputs:
         row |= scores("val", predict_logits(blocks, model.classifier, inputs["val"].tensor, cfg), inputs["val"].labels)
@@ -439,7 +443,8 @@ def load_image(path):
 def deal_folds(labels, cfg):
     """The head that leaves out each image, int64 [N]; for a class's only image FOLDS, the head of all images."""
     shuffled = pd.Series(labels.tolist()).sample(frac=1, random_state=mix_seed(cfg.seed, "folds") % 2**32)
-    fold = (shuffled.groupby(shuffled).cumcount() + shuffled).sort_index() % cfg.folds  # classes start at other folds
+    # + shuffled, the label: classes start at other folds, else the first folds would be the largest.
+    fold = (shuffled.groupby(shuffled).cumcount() + shuffled).sort_index() % cfg.folds
     return torch.tensor(fold.tolist()).where(labels.bincount()[labels] > 1, cfg.folds)
 
 
@@ -470,7 +475,7 @@ def discriminants(features, labels, unseen_by, class_weight, cfg):
         counts, sums, products = (total.sum(0) - total[left_out].sum(0) for total in sums_by_head)
         means = sums / counts[:, None].clamp_min(1e-9)
         covariance = (products - means.T @ sums) / counts.sum()
-        # Single images have no covariance but for rounding, which the means of squares exceed by far.
+        # With one image per class, the covariance is rounding noise: this is its floor.
         least = 1e-3 * products.diagonal().mean() / counts.sum() + 1e-9
         identity = covariance.diagonal().mean().clamp_min(least) * torch.eye(width, device=device)
         weights.append(torch.linalg.solve((1 - cfg.shrinkage) * covariance + cfg.shrinkage * identity, means.T).T)
@@ -512,7 +517,7 @@ class FrozenLayers:
             size = self.at_once if views.dtype == torch.uint8 else 4 * self.at_once
             try:
                 part = batch[first:first + size].to(self.device)
-                if len(batch) > 1 and self.device.type != "cpu":  # one size: a GPU needs seconds for each new shape
+                if len(batch) > 1 and self.device.type != "cpu":  # padded: a GPU needs seconds for each new shape
                     part = torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])])
                 if part.dtype == torch.uint8:
                     part = self.normalize(part.permute(0, 3, 1, 2))  # is channels_last
@@ -565,8 +570,8 @@ def batch_of_views(files, num_views, layers, cfg):
 
 def map_batches(work, items, cfg, size=None):
     """work(batch) for batches of `size` items of a list, or work(item) for all, in order, done by worker processes."""
-    # Forked workers share network and lists. Elsewhere workers start afresh, which takes as long as some images, and
-    # which a notebook's code cannot.
+    # Forked workers share network and lists. Elsewhere they start afresh, which takes as long as some images, and
+    # cannot import the code of a notebook.
     fork, workers = sys.platform == "linux", min(cpu_count(), 16) if cfg.num_workers < 0 else cfg.num_workers
     workers = min(workers, len(items) // (2 if fork else 32)) if fork or "__file__" in globals() else 0
     # A list is a data set too, and collate_fn is called by a worker.
@@ -647,7 +652,9 @@ def remove_old_activations(in_use, cfg):
 
 # ---- Fingerprints ----------------------------------------------------------------------------------------------------
 
-DOWNSTREAM = frozenset(("Heads", "Closed form", "Training", "Whole run"))  # rooms that decide no activations
+# Rooms that decide no results, and those that decide results but no activations.
+UNCOUNTED = {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers", "Command line"}
+DOWNSTREAM = frozenset(("Heads", "Closed form", "Training", "Whole run"))
 # Constants that decide no result, or that count as what they lead to: images, weights, device, precision.
 WITHOUT_EFFECT = {"data_dir", "val_fraction", "skip_unreadable", "eval_splits", "num_workers", "weights", "device",
                   "amp", "run_name", "out_dir", "keep_gb"}
@@ -666,10 +673,9 @@ def digest(value):
 def code_of(without=frozenset()):
     """The definitions that decide results, as {name: text}; comments, docstrings and layout do not count.
 
-    All rooms count but those named here, so that what somebody adds to a room or in a new one counts unlisted.
+    All rooms count but those named, so that what somebody adds to a room or in a new one counts unlisted.
     """
-    without = without | {"Files of a run", "Images and weights", "Reports", "Prediction", "Drawn flowers",
-                         "Command line"}
+    without = without | UNCOUNTED
     definitions, imports, used = {}, {}, set()
     rooms = ["Start", *re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)]
     for room, text in zip(rooms[::2], rooms[1::2]):
@@ -707,7 +713,7 @@ RUN_FILES = {"best.pth", "last.pth", "frozen.pth", "loss.png", "acc.png", "repor
 
 def take_up_run(model, data, cfg):
     """The run as it stands in its last.pth, a dict; the files of a run that differs in anything are moved aside."""
-    # Test images come after the training, and decide nothing.
+    # Test images decide nothing.
     images = [table[["sha256", "label"]].values.tolist() for name, table in data.tables.items() if name != "test"]
     config = {name: getattr(cfg, name) for name in CONSTANTS if name not in WITHOUT_EFFECT} | {
         "folders": data.folders, "images": digest(images), "initial weights": digest(model.features.state_dict()),
@@ -718,7 +724,7 @@ def take_up_run(model, data, cfg):
            "class_names": data.class_names, "history": [], "trainer": None, "best": None, "frozen": None}
     last, differs = None, ""
     try:
-        last = load_checkpoint(run_file(cfg, "last.pth"), run)
+        last = load_checkpoint(run_file(cfg, "last.pth"), wanted=run)
         if changed := sorted(key for key in config | last["config"] if config.get(key) != last["config"].get(key)):
             differs = f"changed: {listing(changed, 9)}"
     except UserError as error:
@@ -832,24 +838,23 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 
 
 def find_images(cfg):
-    """The images of the run, those of train and val checked; UserError says what is wrong with the folder."""
+    """The images of the run, each of them read once; UserError says what is wrong with the folder."""
     folder, needed = Path(cfg.data_dir), {"train"} if "val" in cfg.train_splits else {"train", "val"}
     if not os.path.isdir(folder) and folder != Path(CONSTANTS["data_dir"]):  # which is downloaded
         raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
     flowers = not folder.exists() or not visible(folder) or (folder / "flowers-102").is_dir()
-    folders, titles, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
-    table = table[table.split.isin(["train", "val", *cfg.eval_splits])]
-    test, table = table[table.split == "test"], check_images(table[table.split != "test"], cfg)
+    folders, class_names, table = (find_flowers102 if flowers else find_class_folders)(folder, cfg)
+    table = check_images(table[table.split.isin(["train", "val", *cfg.eval_splits])], cfg)
     if "val" not in needed:
-        table = table.assign(split="train")
-    tables = dict(list(pd.concat([table, test]).groupby("split", sort=False)))
+        table = table.assign(split=table.split.where(table.split == "test", "train"))
+    tables = {split: part for split in ("train", "val", "test") if len(part := table[table.split == split])}
     if needed - tables.keys() or tables["train"].label.nunique() < len(folders):
         raise UserError(f"{folder} has too few readable images of a class or split: add some")
     if "val" in needed and not tables.keys() & set(cfg.eval_splits):
         raise UserError(f"{folder} has no images of EVAL_SPLITS ({' '.join(cfg.eval_splits)})")
     counts = ", ".join(f"{len(part):,} {name}" for name, part in tables.items())
     print(f"data       {folder}: {len(folders)} classes; images: {counts}")
-    return Data(titles, folders, tables)
+    return Data(class_names, folders, tables)
 
 
 def check_images(table, cfg):
@@ -860,8 +865,10 @@ def check_images(table, cfg):
     work = partial(attempt, partial(check_image, known=known))
     hashes, reasons = zip(*progress(map_batches(work, table.path.tolist(), cfg), "decoding"))
     write_file(note, json.dumps(sorted(known.union(hashes) - {""})))
+    file = run_file(cfg, "unreadable.txt")
+    file.unlink(missing_ok=True)
     if reasons := [reason.replace("\n", " ") for reason in reasons if reason]:
-        write_file(file := run_file(cfg, "unreadable.txt"), "\n".join(reasons) + "\n")
+        write_file(file, "\n".join(reasons) + "\n")
         message = f"cannot read {len(reasons)} of {len(table)} images, named in {file}, such as {reasons[0]}"
         if not cfg.skip_unreadable or len(reasons) == len(table):
             raise UserError(f"{message}: mend or remove them, or set --skip-unreadable")
@@ -923,7 +930,7 @@ def visible(folder):
     """What a folder holds, sorted by name, without hidden files, links to a folder above, names of classes, OUT_DIR."""
     above = set(map(os.path.realpath, Path(os.path.abspath(folder), "inside").parents))
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-            and path.name != "cat_to_name.json" and not os.path.exists(path / ".images.lock")
+            and path.name != "cat_to_name.json" and not os.path.exists(path / ".images")
             and not (path.is_dir() and os.path.realpath(path) in above)]
 
 
@@ -997,7 +1004,7 @@ def report(model, blocks, activations, data, run, cfg):
     names = np.array(data.class_names)
     # Figures show no bytes that are no letters.
     short = [(name if len(name) <= 36 else name[:35] + "…").encode(errors="replace").decode() for name in names]
-    # Where no row of stage 2 is the best, the fine-tuned model is its last one.
+    # Where no row of stage 2 is the best, the fine-tuned model is its last one: else frozen would face itself.
     tuned = next((state for state in (run["best"], run) if state["history"][-1]["stage"] == 2), None)
     texts, comparisons, predictions, metrics = [], [], [], {}
     for split, part in activations.items():
@@ -1264,8 +1271,8 @@ def train_and_report(cfg):
     """The whole run: data, model, activations, both stages, reports."""
     socket.setdefaulttimeout(60)  # no download waits for ever
     print(f"device     {cfg.device}, {str(cfg.dtype).removeprefix('torch.')}")
-    lock = FileLock(Path(cfg.out_dir, ".images.lock"))
-    with wait_for(lock):  # two runs that start together would download into the same files
+    # Two runs that start together would download into the same files.
+    with wait_for(FileLock(Path(cfg.out_dir, ".images"))):
         if cfg.demo:
             print("demo       drawn flowers, no pretrained weights: a demonstration, no result")
             draw_demo_images(Path(cfg.data_dir))
@@ -1288,18 +1295,12 @@ def train_and_report(cfg):
     print_table(run["history"])
     train(model, blocks, activations, run, cfg)
     if "test" in data.tables:  # nobody waits for these before the training
-        with wait_for(lock):
-            data.tables["test"] = check_images(data.tables["test"], cfg)
         activations["test"] = frozen_activations(data.tables["test"], frozen_part, 0, cfg)
     evaluated = {split: part for split, part in activations.items() if split in cfg.eval_splits}
     report(model, blocks, evaluated, data, run, cfg)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """Bad input; the message says in one line what is wrong and what to do."""
 
 
 def parse_command_line(argv):
@@ -1347,9 +1348,10 @@ def broken_rules(cfg):
             cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage1, cfg.lr_stage2, cfg.blocks_lr_factor, cfg.layer_decay,
             cfg.seed)),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
-    words = re.findall(r"\w+", " ".join(code_of().values()))
+    names = [part for part in ast.walk(ast.parse(source)) if isinstance(part, ast.Name)]
+    read = {name.id for name in names if isinstance(name.ctx, ast.Load)}
     rules |= {f"{name.upper()} is read by that name in the code, so it is no option: edit it, or read cfg.{name}":
-              getattr(cfg, name) == value or name.upper() not in words
+              getattr(cfg, name) == value or name.upper() not in read
               for name, value in CONSTANTS.items()}
     return [rule for rule, kept in rules.items() if not kept]
 
@@ -1413,6 +1415,10 @@ def main(argv=()):
 # ---- Helpers ---------------------------------------------------------------------------------------------------------
 
 progress = partial(tqdm, disable=None, leave=False)  # a bar, where somebody watches
+
+
+class UserError(Exception):
+    """Bad input; the message says in one line what is wrong and what to do."""
 
 
 def wait_for(lock):

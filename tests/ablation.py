@@ -9,7 +9,8 @@ end of the run: the best epoch is chosen by the judging images. Single runs diff
 by five seeds, and what gains less than two standard errors is not worth a constant.
 
 All rows of a seed share its activations, in OUT_DIR (default runs/ablation). results.csv there keeps what is known, so
-that an interrupted table goes on; its key is of all constants and the program's code: what was edited is run again.
+that an interrupted table goes on; its key is of all constants, the program's code, device and precision: what was
+edited is run again. What the files of images and weights hold is not in it: use another OUT_DIR for others.
 To try a lever, add a constant to the program and a row here.
 """
 import argparse
@@ -66,7 +67,7 @@ def run(options, seed, folder):
 
 
 def table(rows):
-    """{name: accuracies by seed} as the README shows it: means ± standard deviations, gains ± standard errors."""
+    """{name: accuracies by seed} as a table: means ± standard deviations, gains ± standard errors."""
     lines = [f"| recipe | options | {' | '.join(CURVE)} | gain at the end | seeds |", "| --- " * (4 + len(CURVE)) + "|"]
     for name, (before, options) in RECIPES.items():
         known = rows[name].dropna(how="all")
@@ -93,6 +94,8 @@ def main():
     file, code = args.out_dir / "results.csv", program.code_of()
     configs = {(name, seed): program.parse_command_line([*options, *own, "--seed", str(seed)])
                for name, (_, own) in RECIPES.items() for seed in args.seeds}
+    for cfg in configs.values():
+        program.choose_device(cfg)
     keys = {place: program.digest([code, vars(cfg)]) for place, cfg in configs.items()}
     results = pd.read_csv(file, index_col="key") if file.exists() else pd.DataFrame(columns=["recipe", "seed", *CURVE])
     for seed in args.seeds:

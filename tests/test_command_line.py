@@ -67,7 +67,7 @@ ROWS = [
 
 def files_below(folder):
     """All files with their content, but for locks, the list of unreadable images and an activation file just begun."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."
             and path.name != "t_unreadable.txt" and path.parent.name != "activations"}
 
 

@@ -254,8 +254,8 @@ def test_a_constant_that_is_added_counts_upstream_where_it_is_read_there(name, t
 
 
 def test_an_option_that_the_code_would_not_hear_is_refused(tmp_path, capsys):
-    """HUE is read by its own name there, and stays what it is whatever the option says."""
-    for name, refused in (("HUE", True), ("cfg.hue", False)):
+    """HUE is read by its own name there, and stays what it is whatever the option says; a message may name it."""
+    for name, refused in (("HUE", True), ("cfg.hue", False), ("cfg.hue or len('lower HUE')", False)):
         module = load(with_hue(SOURCE, name), tmp_path)
         module.parse_command_line(["--hue", "0.2"])
         if refused:

@@ -59,8 +59,7 @@ def test_train_val_and_test(find, own_images, capsys):
     assert data.class_names == NAMES and counts(data) == {"train": 18, "val": 9, "test": 6}
     for split, table in data.tables.items():
         assert [NAMES[label] for label in table.label] == [path.parent.name for path in table.path]
-        if split != "test":  # these come last
-            assert table.sha256.tolist() == [hashlib.sha256(path.read_bytes()).hexdigest() for path in table.path]
+        assert table.sha256.tolist() == [hashlib.sha256(path.read_bytes()).hexdigest() for path in table.path]
     printed = capsys.readouterr().out
     assert "3 classes" in printed and "18 train, 9 val, 6 test" in printed
     assert counts(find(own_images)) == {"train": 18, "val": 9}
@@ -352,13 +351,27 @@ def test_all_unreadable_images_are_named_in_a_file_and_counted(options, own_imag
     assert not list((tmp_path / "runs").glob("*.p*"))
 
 
+def test_unreadable_test_images_are_named_with_the_others_before_the_training(options, own_images, tmp_path, capsys):
+    both = [*options, *ONE_EPOCH, "--eval-splits", "val", "test"]
+    broken = [own_images / split / "red" / "0.png" for split in ("train", "test")]
+    whole = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(b"no image")
+    refuse(both, capsys, "2 of 33", "t_unreadable.txt")
+    lines = (tmp_path / "runs" / "t_unreadable.txt").read_text().splitlines()
+    assert sorted(line.split(" (")[0] for line in lines) == sorted(map(str, broken))
+    for path, content in zip(broken, whole):
+        path.write_bytes(content)
+    assert call(both) == 0 and not (tmp_path / "runs" / "t_unreadable.txt").exists()
+
+
 def test_two_runs_that_start_at_once_look_at_the_images_one_after_the_other(options, tmp_path, monkeypatch, capsys):
     """They would download and draw into the same files, and note what they have read in one."""
     asked = []
 
     def alone(name, work, *args):
         with pytest.raises(Timeout):
-            FileLock(tmp_path / "runs" / ".images.lock", timeout=0).acquire()
+            FileLock(tmp_path / "runs" / ".images", timeout=0).acquire()
         asked.append(name)
         return work(*args)
 
@@ -366,7 +379,13 @@ def test_two_runs_that_start_at_once_look_at_the_images_one_after_the_other(opti
         work = getattr(program, name) if name != "draw_demo_images" else lambda folder: None
         monkeypatch.setattr(program, name, partial(alone, name, work))
     assert call([*options, *ONE_EPOCH, "--eval-splits", "val", "test", "--demo"]) == 0
-    assert asked == ["draw_demo_images", "load_pretrained", "find_images", "check_images", "check_images"]
+    assert asked == ["draw_demo_images", "load_pretrained", "find_images", "check_images"]
+
+
+def test_a_run_may_have_any_name(options, monkeypatch):
+    """Such as that of a lock which the runs of a folder share: it would wait for itself."""
+    monkeypatch.setattr(program, "wait_for", lambda lock: lock.acquire(timeout=0))
+    assert call([*options, *ONE_EPOCH, "--run-name", "images"]) == 0
 
 
 def test_a_run_can_go_on_without_unreadable_images(options, own_images, tmp_path, capsys):
