@@ -247,7 +247,7 @@ class Heads(nn.Module):
         self.class_weight = len(labels) / len(counts) / counts if cfg.balance else equal
         self.weight = nn.Parameter(linear.weight.detach().repeat(cfg.folds + 1, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(cfg.folds + 1, 1))
-        # Of the logits of a closed form; after epoch 0 it is that of epoch 0's, which no refit exceeds.
+        # Bound of the scale of a closed form: 1, and after epoch 0 the scale found there.
         self.register_buffer("max_log_scale", torch.tensor(0.0))
 
     def logits(self, features, head_numbers):
