@@ -300,7 +300,7 @@ class Heads(nn.Module):
 
 
 def train(model, blocks, activations, run, cfg):
-    """Train both stages, from the beginning or from where `run` (see take_up_run) stands; `blocks` are the last."""
+    """Train both stages, from where `run` (see take_up_run) stands; `blocks` are the model's last."""
     heads, no_blocks = Heads(model.classifier[1], activations["train"].labels, cfg), nn.Sequential()
     rows = len(run["history"])
     if rows:
