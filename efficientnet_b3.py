@@ -1348,12 +1348,17 @@ def broken_rules(cfg):
             cfg.epochs_stage1, cfg.epochs_stage2, cfg.lr_stage1, cfg.lr_stage2, cfg.blocks_lr_factor, cfg.layer_decay,
             cfg.seed)),
         "--checkpoint goes with --predict": cfg.predict or not cfg.checkpoint}
-    names = [part for part in ast.walk(ast.parse(source)) if isinstance(part, ast.Name)]
-    read = {name.id for name in names if isinstance(name.ctx, ast.Load)}
     rules |= {f"{name.upper()} is read by that name in the code, so it is no option: edit it, or read cfg.{name}":
-              getattr(cfg, name) == value or name.upper() not in read
+              getattr(cfg, name) == value or name.upper() not in names_read()
               for name, value in CONSTANTS.items()}
     return [rule for rule, kept in rules.items() if not kept]
+
+
+@cache
+def names_read():
+    """The names whose values the code reads; what messages and comments say is none."""
+    names = [part for part in ast.walk(ast.parse(source)) if isinstance(part, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Load)}
 
 
 def choose_device(cfg):
