@@ -301,8 +301,8 @@ class Heads(nn.Module):
 
 def train(model, blocks, activations, run, cfg):
     """Train both stages, from where `run` (see take_up_run) stands; `blocks` are the model's last."""
-    heads, no_blocks = Heads(model.classifier[1], activations["train"].labels, cfg), nn.Sequential()
-    rows = len(run["history"])
+    heads = Heads(model.classifier[1], activations["train"].labels, cfg)
+    rows, no_blocks = len(run["history"]), nn.Sequential()
     if rows:
         heads.load_state_dict(run["trainer"]["heads"])
 
@@ -838,7 +838,7 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 
 
 def find_images(cfg):
-    """The images of the run, each of them read once; UserError says what is wrong with the folder."""
+    """The images of the run, all of them checked; UserError says what is wrong with the folder."""
     folder, needed = Path(cfg.data_dir), {"train"} if "val" in cfg.train_splits else {"train", "val"}
     if not os.path.isdir(folder) and folder != Path(CONSTANTS["data_dir"]):  # which is downloaded
         raise UserError(f"{folder} is no folder: set --data-dir to one that exists")
@@ -908,7 +908,7 @@ def find_class_folders(folder, cfg):
     if lacking := [places[split] / name for split, name in sorted(wanted - set(zip(table.split, table.name)))]:
         raise UserError(f"each class needs images in each split; missing or empty: {listing(lacking)}")
     if "val" not in places and "val" not in cfg.train_splits:
-        print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, at least one, are drawn by SEED")
+        print(f"data       no folder val: {cfg.val_fraction:.0%} of each class, at least one of two, are drawn by SEED")
         shuffled = table[table.split == "train"].sample(frac=1, random_state=mix_seed(cfg.seed, "validation") % 2**32)
         by_class = shuffled.groupby("name").name
         size = by_class.transform("size")
