@@ -1,7 +1,7 @@
 """How much faster than a plain training loop is the program, and where does its time go?
 
     python tests/benchmark.py [--curves FILE.csv] [--data-dir data] [--weights FILE] [any other option of the program]
-    ... --plain-full --curves FILE.csv           nothing but the plain loop, in full (on two cores 45 minutes)
+    ... --plain-full --curves FILE.csv           nothing but the plain loop, in full (on two cores two hours)
     ... --label "longer run" --curves FILE.csv   nothing but one run of the program, under this name
     ... --plot FIGURE.png --curves FILE.csv      accuracy against seconds, as the others have put them into FILE.csv
 
@@ -204,7 +204,7 @@ def plot(curves, file):
     for colour, (label, rows) in zip(colours, curves.groupby("label", sort=False)):
         axes.plot(rows.seconds, 100 * rows.accuracy, ".-", c=colour, lw=2,
                   label=f"{label}: {rows.accuracy.max():.1%}, {rows.seconds.max():,.0f} s")
-    ticks = {10: "10 s", 30: "30 s", 60: "1 min", 300: "5 min", 600: "10 min", 1800: "30 min", 3600: "1 h"}
+    ticks = {10: "10 s", 30: "30 s", 60: "1 min", 300: "5 min", 600: "10 min", 1800: "30 min", 3600: "1 h", 7200: "2 h"}
     axes.set(xscale="log", xlabel="Time since the start of Python", ylabel="Validation accuracy (%)")
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()

@@ -38,7 +38,7 @@ def test_a_folder_of_other_files_is_not_drawn_into(tmp_path, capsys):
 
 
 def test_after_the_demo_the_real_thing_finds_its_own_folder(tmp_path, monkeypatch, downloads, capsys):
-    """Both lie in `data`, and the README runs one after the other."""
+    """The README runs one after the other."""
     monkeypatch.chdir(tmp_path)
     draw_classes(tmp_path / program.DEMO["data_dir"] / "train", 1)
     assert call(["--weights", "none"]) == 2 and downloads
