@@ -213,6 +213,12 @@ def small_network(monkeypatch):
     monkeypatch.setattr(program, "efficientnet_b3", small_efficientnet)
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """For tests that look at checkpoints and the history alone."""
+    monkeypatch.setattr(program, "report", lambda *_args: None)
+
+
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
     """The folder of a run of one epoch."""
@@ -358,10 +364,12 @@ def activations(folder):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """No figure is drawn at all, by edited copies of the program either."""
+    """No figure is drawn at all, by edited copies of the program either; the program's own compute none."""
     axes = MagicMock()
     for name in ("subplots", "add_subplot", "add_axes", "legend", "suptitle"):
         monkeypatch.setattr(Figure, name, lambda *_args, **_kw: axes)
     monkeypatch.setattr(Figure, "savefig", lambda *_args, **_kw: None)
     monkeypatch.setattr(seaborn, "heatmap", lambda *_args, **_kw: None)
+    for name in ("plot_confusion_matrix", "plot_mistakes", "plot_changes"):
+        monkeypatch.setattr(program, name, lambda *_args: Figure())
     monkeypatch.setattr(program, "code_of", cache(program.code_of))

@@ -14,12 +14,6 @@ import efficientnet_b3 as program
 pytestmark = pytest.mark.usefixtures("undrawn", "small_network")
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    """For tests that look at checkpoints alone."""
-    monkeypatch.setattr(program, "report", lambda *_args: None)
-
-
 def as_it_stands(folder, copy):
     """A copy of a folder; files that are only ever replaced are linked."""
     copy.mkdir()
@@ -33,13 +27,13 @@ def as_it_stands(folder, copy):
 def test_killed_anywhere_and_continued_is_never_interrupted(options, tmp_path, monkeypatch, capsys):
     """What is on the disk whenever a file is put in place is what a kill at that moment leaves.
 
-    Of the files that the report writes one after the other, the first one stands for all.
+    Of the files that are written one after the other, and not read again, one stands for all.
     """
     options = [*options, "--epochs-stage1", "1", "--epochs-stage2", "1"]
     replace, moments = os.replace, []
 
     def keep_and_replace(source, target):
-        if not str(target).endswith((".png", "predictions.csv", "metrics.json")):
+        if not str(target).endswith((".png", "predictions.csv", "metrics.json", "config.json")):
             moments.append(tmp_path / f"{len(moments):02d} before {os.path.basename(target)}")
             as_it_stands(tmp_path / "runs", moments[-1])
         replace(source, target)

@@ -297,7 +297,8 @@ def test_history_and_curves_exist_during_the_run(small_network, options, tmp_pat
     assert all(Image.open(tmp_path / "runs" / f"t_{name}.png").size[0] > 300 for name in ("loss", "acc"))
 
 
-def test_curves_are_drawn_every_ten_seconds_at_most_and_at_the_end(small_network, options, tmp_path, monkeypatch):
+def test_curves_are_drawn_every_ten_seconds_at_most_and_at_the_end(small_network, undrawn, options, tmp_path,
+                                                                   monkeypatch):
     drawn, clock, real, write = [], [1000.0], program.train_one_epoch, program.write_file
 
     def now():
@@ -315,18 +316,7 @@ def test_curves_are_drawn_every_ten_seconds_at_most_and_at_the_end(small_network
     assert [at for name, at in drawn if name == "t_loss.png"] == [1000, 1012, 1024, 1028]
 
 
-def test_a_figure_says_what_its_training_curve_is(small_network, options, tmp_path, monkeypatch):
-    figures, write = {}, program.write_file
-    monkeypatch.setattr(program, "write_file", lambda path, content, **how: (
-        write(path, content, **how), figures.update({path.name: content})))
-    assert call([*options, *ONE_EPOCH]) == 0
-    legend = [text.get_text() for text in figures["t_acc.png"].legends[0].get_texts()]
-    assert any("not seen" in text for text in legend) and any("validation" in text for text in legend)
-    lines = {line.get_label(): list(line.get_xdata()) for line in figures["t_acc.png"].axes[0].get_lines()}
-    assert lines["validation"] == [0, 1]
-
-
-def test_all_rows_and_the_best_one_have_their_place_in_the_curves(small_network, options, tmp_path, monkeypatch):
+def test_curves_say_what_they_are_and_have_a_place_for_each_row(small_network, options, tmp_path, monkeypatch):
     figures, write = {}, program.write_file
     monkeypatch.setattr(program, "write_file", lambda path, content, **how: (
         write(path, content, **how), figures.update({path.name: content})))
@@ -335,8 +325,11 @@ def test_all_rows_and_the_best_one_have_their_place_in_the_curves(small_network,
     axes = figures["t_acc.png"].axes[0]
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels == ["0", "1", "2", "3", "4"]
+    legend = [text.get_text() for text in figures["t_acc.png"].legends[0].get_texts()]
+    assert any("not seen" in text for text in legend) and any("validation" in text for text in legend)
     lines = {line.get_label().split(":")[0]: line for line in axes.get_lines()}
     rows = history_of(tmp_path / "runs")
+    assert list(lines["validation"].get_xdata()) == [0, 1, 2, 3, 4]
     assert list(lines["validation"].get_ydata()) == pytest.approx([100 * row["val_acc"] for row in rows])
     best = max(range(5), key=lambda number: (rows[number]["val_acc"], -rows[number]["val_loss"]))
     (x, y), = zip(np.atleast_1d(lines["best"].get_xdata()), np.atleast_1d(lines["best"].get_ydata()))

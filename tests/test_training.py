@@ -17,7 +17,7 @@ import efficientnet_b3 as program
 pytestmark = pytest.mark.usefixtures("undrawn", "small_network")
 
 
-def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, tmp_path):
+def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, no_report, tmp_path):
     rates = ["--lr-stage1", "1e-3", "--lr-stage2", "1e-4", "--blocks-lr-factor", "8", "--layer-decay", "0.5"]
     assert call([*options, *rates, "--epochs-stage2", "5"]) == 0
     rows = history_of(tmp_path / "runs")
@@ -27,7 +27,7 @@ def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, tmp_
     assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), *((2, e) for e in range(3, 8))]
 
 
-def test_epochs_take_the_augmented_views_in_turn_and_never_the_plain_one(options):
+def test_epochs_take_the_augmented_views_in_turn_and_never_the_plain_one(options, no_report):
     cfg, labels = settings(options, "--no-amp"), torch.arange(3).repeat(4)
     heads, blocks = program.Heads(torch.nn.Linear(5, 3), labels, cfg), torch.nn.Sequential()
     optimizer, scaler = torch.optim.Adam(heads.parameters()), torch.amp.GradScaler("cpu", enabled=False)
@@ -36,7 +36,7 @@ def test_epochs_take_the_augmented_views_in_turn_and_never_the_plain_one(options
     assert [features.unique().tolist() for features in seen] == [[1], [2], [3], [1], [2]]
 
 
-def test_each_block_has_the_rate_of_its_place(options, tmp_path):
+def test_each_block_has_the_rate_of_its_place(options, no_report, tmp_path):
     rates = ["--lr-stage2", "1e-4", "--blocks-lr-factor", "8", "--layer-decay", "0.5", "--unfreeze-last-blocks", "3"]
     assert call([*options, *rates, "--no-refit-head", "--epochs-stage1", "0", "--epochs-stage2", "1"]) == 0
     optimizer = checkpoint(tmp_path / "runs", "last")["trainer"]["optimizer"]
@@ -54,7 +54,7 @@ def labels_of(table):
     return torch.tensor(table.label.tolist())
 
 
-def test_epoch_0_is_the_head_in_closed_form_before_any_gradient(options, tmp_path):
+def test_epoch_0_is_the_head_in_closed_form_before_any_gradient(options, no_report, tmp_path):
     """Its training figures are those of heads that have not seen the image; its validation figures are the model's."""
     options = [*options, "--no-amp", "--epochs-stage1", "0", "--epochs-stage2", "0"]
     assert call(options) == 0
@@ -90,7 +90,7 @@ def test_a_row_of_stage_2_tells_of_one_model_in_both_its_figures(options, tmp_pa
     assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
 
 
-def test_without_refits_or_blocks_that_train_there_are_all_epochs(options, tmp_path):
+def test_without_refits_or_blocks_that_train_there_are_all_epochs(options, no_report, tmp_path):
     for extra in (["--no-refit-head"], ["--unfreeze-last-blocks", "0"]):
         assert call([*options, *extra, "--epochs-stage2", "1"]) == 0
         assert [row["epoch"] for row in history_of(tmp_path / "runs")] == [0, 1, 2, 3]
@@ -145,14 +145,14 @@ def test_frozen_means_frozen_and_the_rest_learns_even_from_one_batch(blocks, ext
     assert figures_of(tmp_path / "runs")["images"] == 9
 
 
-def test_in_stage_1_the_head_alone_learns(options, tmp_path):
+def test_in_stage_1_the_head_alone_learns(options, no_report, tmp_path):
     assert call([*options, "--epochs-stage2", "0"]) == 0
     before, after = start_of(options), checkpoint(tmp_path / "runs", "last")["model"]
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved == {"classifier.1.weight", "classifier.1.bias"}
 
 
-def test_depthwise_kernels_stand_still_if_told_and_are_not_counted_as_trained(options, tmp_path, capsys):
+def test_depthwise_kernels_stand_still_if_told_and_are_not_counted_as_trained(options, no_report, tmp_path, capsys):
     assert call([*options, "--no-train-depthwise", "--epochs-stage1", "0"]) == 0
     before, after = start_of(options), checkpoint(tmp_path / "runs", "last")["model"]
     depthwise = {f"features.{name}.weight" for name, layer in program.build_model(3).features.named_modules()
@@ -170,7 +170,7 @@ def test_the_levers_work(extra, options, tmp_path):
     assert figures_of(tmp_path / "runs")["images"] == 9
 
 
-def test_another_seed_is_another_run_and_the_same_seed_the_same(trained, tmp_path):
+def test_another_seed_is_another_run_and_the_same_seed_the_same(trained, no_report, tmp_path):
     for seed in (0, 1):
         assert call([*trained, "--seed", seed, "--out-dir", tmp_path / str(seed)]) == 0
     states = [checkpoints(tmp_path / folder) for folder in ("runs", "0", "1")]
@@ -178,7 +178,7 @@ def test_another_seed_is_another_run_and_the_same_seed_the_same(trained, tmp_pat
     assert not same([state["model"] for state in states[0]], [state["model"] for state in states[2]])
 
 
-def test_same_bits_with_and_without_workers(options, tmp_path):
+def test_same_bits_with_and_without_workers(options, no_report, tmp_path):
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "1"]
     call(options)
     assert call([*options, "--num-workers", "2", "--out-dir", tmp_path / "workers"]) == 0
@@ -193,7 +193,7 @@ def test_two_classes_and_a_single_image_of_one_work(options, own_images):
     assert call([*options, *ONE_EPOCH, "--head-init", "lda"]) == 0
 
 
-def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, tmp_path, monkeypatch):
+def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, no_report, tmp_path, monkeypatch):
     """On the features of the plain images and of the epoch's view; a run without it trains the same heads."""
     solved, solve = [], program.Heads.fit_closed_form
     options = [*options, "--epochs-stage1", "0", "--epochs-stage2", "1"]
@@ -211,7 +211,8 @@ def test_a_refit_is_the_mean_of_trained_heads_and_those_in_closed_form(options, 
         torch.testing.assert_close(mean[key], (trained[key] + solved[1][1][key]) / 2)
 
 
-def test_the_model_of_an_epoch_has_refitted_heads_and_the_training_may_go_on_without(options, tmp_path, monkeypatch):
+def test_the_model_of_an_epoch_has_refitted_heads_and_the_training_may_go_on_without(options, no_report, tmp_path,
+                                                                                    monkeypatch):
     models = []
     monkeypatch.setattr(program, "export_models", lambda run, *_args: models.append(run["model"]))
     for folder, extra in (("with", ["--refitted-epochs", "0"]), ("without", ["--no-refit-head"])):
@@ -222,7 +223,7 @@ def test_the_model_of_an_epoch_has_refitted_heads_and_the_training_may_go_on_wit
         assert odd == {"classifier.1.weight", "classifier.1.bias"}
 
 
-def test_the_training_goes_on_from_the_refit_after_the_first_epochs(options, tmp_path, monkeypatch):
+def test_the_training_goes_on_from_the_refit_after_the_first_epochs(options, no_report, tmp_path, monkeypatch):
     """Rows of stage 2, by that number: the first is the same in all, the next ones differ once heads have changed."""
     monkeypatch.setattr(program, "report", lambda *_args: None)
     rows = {}
@@ -313,7 +314,6 @@ def test_the_views_of_the_final_model_are_made_of_all_images(everything, own_ima
         return load(path, index, num_views, cfg)
 
     monkeypatch.setattr(program, "load_views", keep)
-    monkeypatch.setattr(program, "plot_mistakes", lambda *_args: program.Figure())
     assert call([*everything, *ONE_EPOCH]) == 0
     assert sorted(number for split, number, views in seen if split != "test") == list(range(27))
     assert {(split, views) for split, _, views in seen} == {("train", 2), ("val", 2), ("test", 0)}
@@ -324,7 +324,6 @@ def test_the_test_images_are_computed_after_the_training(options, tmp_path, monk
     monkeypatch.setattr(program, "start_without_pretraining", lambda *_args: None)  # looks at training images
     monkeypatch.setattr(program, "load_views", lambda *args: log.append(args[0].parts[-3]) or load(*args))
     monkeypatch.setattr(program, "train_one_epoch", lambda *args: log.append("epoch") or epoch(*args))
-    monkeypatch.setattr(program, "plot_mistakes", lambda *_args: program.Figure())
     assert call([*options, "--eval-splits", "val", "test", "--epochs-stage2", "0"]) == 0
     assert log[:27] == ["train"] * 18 + ["val"] * 9 and log[27:] == ["epoch"] * 2 + ["test"] * 6
     log.clear()
