@@ -142,7 +142,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     assert faults < 1000  # else 16,384 pages of 4 kB are mapped anew
 
 
-def test_the_smallest_images_work(options):
+def test_the_smallest_images_work(small_network, options):
     """What remains of them is one pixel high, and its layout in memory is ambiguous."""
     assert call([*options, *ONE_EPOCH, "--views", "1", "--img-size", "32", "32"]) == 0
 
