@@ -1,7 +1,7 @@
 """How much faster than a plain training loop is the program, and where does its time go?
 
     python tests/benchmark.py [--curves FILE.csv] [--data-dir data] [--weights FILE] [any other option of the program]
-    ... --plain-full --curves FILE.csv           nothing but the plain loop, in full (on two cores two hours)
+    ... --plain-full --curves FILE.csv           nothing but the plain loop, in full (1.5 to 2 hours on two cores)
     ... --label "longer run" --curves FILE.csv   nothing but one run of the program, under this name
     ... --plot FIGURE.png --curves FILE.csv      accuracy against seconds, as the others have put them into FILE.csv
 

@@ -27,7 +27,7 @@ def test_learning_rates_fall_to_0_in_a_straight_line_in_each_stage(options, no_r
     assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 0), (1, 1), (1, 2), *((2, e) for e in range(3, 8))]
 
 
-def test_epochs_take_the_augmented_views_in_turn_and_never_the_plain_one(options, no_report):
+def test_epochs_take_the_augmented_views_in_turn_and_never_the_plain_one(options):
     cfg, labels = settings(options, "--no-amp"), torch.arange(3).repeat(4)
     heads, blocks = program.Heads(torch.nn.Linear(5, 3), labels, cfg), torch.nn.Sequential()
     optimizer, scaler = torch.optim.Adam(heads.parameters()), torch.amp.GradScaler("cpu", enabled=False)
@@ -225,7 +225,6 @@ def test_the_model_of_an_epoch_has_refitted_heads_and_the_training_may_go_on_wit
 
 def test_the_training_goes_on_from_the_refit_after_the_first_epochs(options, no_report, tmp_path, monkeypatch):
     """Rows of stage 2, by that number: the first is the same in all, the next ones differ once heads have changed."""
-    monkeypatch.setattr(program, "report", lambda *_args: None)
     rows = {}
     for number in (0, 1, 2, 9):
         call([*options, "--epochs-stage2", "3", "--refitted-epochs", number, "--out-dir", tmp_path / str(number)])
