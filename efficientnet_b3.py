@@ -302,13 +302,14 @@ class Heads(nn.Module):
 def train(model, blocks, activations, run, cfg):
     """Train both stages, from where `run` (see take_up_run) stands; `blocks` are the model's last."""
     heads = Heads(model.classifier[1], activations["train"].labels, cfg)
-    rows, no_blocks = len(run["history"]), nn.Sequential()
+    rows = len(run["history"])
     if rows:
         heads.load_state_dict(run["trainer"]["heads"])
 
     # Stage 1. The last blocks stand still too: their outputs are computed once, and the heads learn from them.
     if rows <= cfg.epochs_stage1:
         start = time.perf_counter()
+        no_blocks = nn.Sequential()
         features = {split: pooled_features(part, blocks, cfg) for split, part in activations.items()}
         if not rows:
             if cfg.head_init == "lda":
